@@ -1,0 +1,207 @@
+"""A batch: one call of the model, and the logits it returns.
+
+Everything in the package that takes ``data`` reads it here, so that all of it accepts the same things.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from .errors import DataError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The arguments of one call of a model.
+
+    Attributes:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, example: Any, model: nn.Module) -> Batch:
+        """Read one batch: a tensor, a dictionary, or ``(inputs, targets)``, whose targets are dropped.
+
+        A dictionary becomes keyword arguments where the model's ``forward`` takes its keys, else one argument.
+
+        Args:
+            example: The batch. Inputs that are themselves a tuple or list are positional arguments.
+            model: The model that will be called; only the signature of its ``forward`` is read.
+
+        Returns:
+            The batch.
+
+        Raises:
+            DataError: If the example is none of these.
+        """
+        if isinstance(example, Batch):
+            return example
+        if isinstance(example, (tuple, list)):
+            if not example:
+                raise DataError(f"a batch is an empty {type(example).__name__}; pass inputs or (inputs, targets)")
+            example = example[0]
+            if isinstance(example, (tuple, list)):
+                return cls(args=tuple(example))
+        if isinstance(example, Mapping):
+            inputs = {str(key): value for key, value in example.items()}
+            try:
+                inspect.signature(model.forward).bind(**inputs)
+            except TypeError:
+                return cls(args=(dict(example),))
+            return cls(kwargs=inputs)
+        if isinstance(example, Tensor):
+            return cls(args=(example,))
+        raise DataError(
+            f"a batch is a {type(example).__name__}; pass a tensor, a dictionary, or (inputs, targets)"
+        )
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors among the arguments, one level of containers deep."""
+        found: list[Tensor] = []
+        for value in (*self.args, *self.kwargs.values()):
+            inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else [value]
+            found.extend(v for v in inner if isinstance(v, Tensor))
+        return found
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device (the same object where nothing has to move)."""
+        if all(tensor.device == device for tensor in self.tensors):
+            return self
+
+        def move(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value.to(device)
+            if isinstance(value, Mapping):
+                return {key: move(v) for key, v in value.items()}
+            if isinstance(value, (tuple, list)):
+                return type(value)(move(v) for v in value)
+            return value
+
+        return Batch(tuple(move(a) for a in self.args), {k: move(v) for k, v in self.kwargs.items()})
+
+    def check_finite(self, index: int | None = None) -> None:
+        """Refuse inputs that are not finite.
+
+        Args:
+            index: The position of the batch in its iterable, for the message.
+
+        Raises:
+            DataError: If a floating-point tensor of the batch holds NaN or infinity.
+        """
+        for tensor in self.tensors:
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                where = "the batch" if index is None else f"batch {index}"
+                bad = int((~torch.isfinite(tensor)).sum())
+                raise DataError(
+                    f"{where} holds {bad} non-finite values of {tensor.numel()} in an input of shape "
+                    f"{tuple(tensor.shape)}; clean the data before measuring"
+                )
+
+    def logits(self, model: nn.Module) -> Tensor:
+        """Call the model and return its logits; see :func:`logits_of`."""
+        return logits_of(model(*self.args, **self.kwargs))
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in what a model returns: a tensor, an object or a dictionary with ``logits``.
+
+    Args:
+        output: What ``model(...)`` returned.
+
+    Returns:
+        The logits, of whatever shape the model gave them.
+
+    Raises:
+        DataError: If there is no single tensor to take.
+    """
+    if isinstance(output, Tensor):
+        return output
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    raise DataError(
+        f"the model returned a {type(output).__name__} without a tensor `.logits`; wrap the model in a module that "
+        "returns the logits alone"
+    )
+
+
+def class_logits(logits: Tensor) -> Tensor:
+    """The logits, once they are known to be ``[N, K]`` with N ≥ 1, K ≥ 2.
+
+    Args:
+        logits: What the model returned.
+
+    Returns:
+        The same tensor.
+
+    Raises:
+        DataError: If the shape is another one.
+    """
+    if logits.ndim != 2 or logits.shape[0] < 1 or logits.shape[1] < 2:
+        raise DataError(
+            f"the model's logits have shape {tuple(logits.shape)}; the trace needs [N, K] with K >= 2 classes: "
+            "flatten positions into samples, or wrap the model"
+        )
+    return logits
+
+
+def batches(data: Any, model: nn.Module) -> Iterator[Batch]:
+    """Read ``data`` as a stream of batches.
+
+    Args:
+        data: Inputs ``[N, ...]``, a dictionary or a bare tuple ``(inputs, targets)``: one batch. Any other iterable
+            (a DataLoader, a list): a batch per element.
+        model: The model that will be called.
+
+    Yields:
+        The batches, in order.
+
+    Raises:
+        DataError: If data is a Dataset (its elements are samples), not iterable, or empty.
+    """
+    if isinstance(data, Dataset):
+        raise DataError(
+            f"data is a Dataset ({type(data).__name__}), whose elements are samples, not batches; "
+            "pass torch.utils.data.DataLoader(dataset, batch_size=...)"
+        )
+    if isinstance(data, (Tensor, Batch, tuple, Mapping)):
+        yield Batch.of(data, model)
+        return
+    if not isinstance(data, Iterable):
+        raise DataError(f"data is a {type(data).__name__}; pass inputs [N, ...] or an iterable of batches")
+    count = 0
+    for example in data:
+        count += 1
+        yield Batch.of(example, model)
+    if count == 0:
+        raise DataError(f"data ({type(data).__name__}) holds no batch; is the loader empty or already used up?")
+
+
+def peek(data: Any, model: nn.Module) -> tuple[Batch, Any]:
+    """The first batch of ``data`` as an example input, and the data with nothing lost.
+
+    Args:
+        data: As in :func:`batches`; that function says what is read and what is raised.
+        model: The model that will be called.
+
+    Returns:
+        The first batch, and what to iterate over afterwards (an iterator is consumed once, hence chained).
+    """
+    if isinstance(data, Iterator):
+        stream = batches(data, model)
+        first = next(stream)
+        return first, itertools.chain([first], stream)
+    return next(batches(data, model)), data

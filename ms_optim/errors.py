@@ -1,0 +1,46 @@
+"""Every error and warning of the package: the object, its value, the reason, the next move.
+
+A wrong *number* is a plain ``ValueError`` raised where it is read; what needs the vocabulary of the theory has its
+own type here.  All of them are raised before anything is changed: weights, buffers, optimizer state and random
+streams are as they were before the call.
+"""
+
+
+class MsOptimError(Exception):
+    """Base class of the errors of ``ms_optim``, for callers who want to catch them all."""
+
+
+class DataError(MsOptimError, ValueError):
+    """Data that is not a batch, an empty iterable, non-finite inputs, or logits that are not ``[N, K]``."""
+
+
+class SymmetryError(MsOptimError, RuntimeError):
+    """A model that cannot be read, a group that does not fit a model, or a rescaling that is not exact."""
+
+
+class CurvatureError(MsOptimError, RuntimeError):
+    """A parameter that no curvature rule covers, or a trace that is not finite."""
+
+
+class BalanceError(MsOptimError, ValueError):
+    """Traces, norms and a group from which no representative can be computed."""
+
+
+class OptimizerError(MsOptimError, RuntimeError):
+    """An optimizer driven in a way that would not do what it says."""
+
+
+class StateError(MsOptimError, ValueError):
+    """A ``state_dict`` that belongs to another model or to another optimizer."""
+
+
+class UnsupportedError(MsOptimError, NotImplementedError):
+    """A combination that the package does not support yet, named together with what to do instead."""
+
+
+class NoEffectWarning(UserWarning):
+    """Something that was asked for changes nothing: a model without symmetries, for instance."""
+
+
+class NonFiniteWarning(UserWarning):
+    """A gradient norm that is not finite: the step goes on without a perturbation."""
