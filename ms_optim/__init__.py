@@ -1,0 +1,35 @@
+"""Sharpness-aware training that does not depend on how a network happens to be scaled.
+
+Symmetry      scale_symmetries, ScaleGroup
+Curvature     hessian_trace, LayerTraces
+Balancing     balance, rebalance_, Balance
+Sharpness     minimum_sharpness
+Optimizers    MSSAM, MSRegularizedSGD, SAM, ASAM, SharpnessAware
+Errors        ms_optim.errors
+"""
+
+from . import errors
+from .balancing import Balance, balance, rebalance_
+from .curvature import LayerTraces, hessian_trace
+from .optim import ASAM, MSSAM, SAM, MSRegularizedSGD, SharpnessAware
+from .sharpness import minimum_sharpness
+from .symmetry import ScaleGroup, scale_symmetries
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ASAM",
+    "MSSAM",
+    "SAM",
+    "Balance",
+    "LayerTraces",
+    "MSRegularizedSGD",
+    "ScaleGroup",
+    "SharpnessAware",
+    "balance",
+    "errors",
+    "hessian_trace",
+    "minimum_sharpness",
+    "rebalance_",
+    "scale_symmetries",
+]

@@ -1,0 +1,449 @@
+r"""The engine: perturb, gradient, restore, descend, written once for every optimizer of the package.
+
+An optimizer is a *plan*: a generator that yields the perturbation of each gradient pass (``None`` for the weights
+themselves), finds that pass's gradient in ``.grad`` when it goes on, and may add to it before it ends.  Two lines are
+SAM::
+
+    yield None
+    yield ascent(gradients, metric, rho)
+
+Everything else happens here:
+
+* a pass restores the weights, and every buffer of the model in all passes but the first, so that BatchNorm's statistics
+  move once a step; after an exception everything is as before the step (see :mod:`ms_optim.optim.gradient_pass`);
+* a *refresh* finds the representative of the weights under the model's scale symmetries: discover (once), trace, solve,
+  and with ``rebalance="move"`` rescale the weights and the base optimizer's state.  It runs in a forward pre-hook on
+  the incoming batch, before the first forward of a step, so never between a forward and its backward;
+* the base optimizer shares its parameter groups and state with us, hence schedulers, ``add_param_group`` and
+  checkpoints see one thing.
+
+Source: the passes form generalises IVON's context manager; the refresh is arXiv 2106.12612, Thm 1, per batch.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..balancing import Balance, balance
+from ..batch import Batch
+from ..curvature import hessian_trace
+from ..errors import NoEffectWarning, OptimizerError, StateError, UnsupportedError
+from ..symmetry import ScaleGroup, scale_symmetries
+from .gradient_pass import GradientPass, Perturbation, Snapshot
+
+Rebalance = Literal["move", "metric"] | None
+Plan = Generator[Perturbation | Callable[[], Perturbation], None, None]
+
+_STATE_VERSION = 1
+
+
+class SharpnessAware(Optimizer):
+    """Base class of all optimizers here; subclasses are final and define :meth:`plan` only.
+
+    Args:
+        model_or_params: The model, or parameters or parameter groups with ``model=`` beside them.
+        base: The class of the optimizer that descends, for instance ``torch.optim.SGD``.
+        settings: Our own entries of every parameter group (``rho``, ``strength``), each ≥ 0.
+        model: The model the parameters belong to.
+        rebalance: ``"move"``: rescale the weights to the representative at each refresh; ``"metric"``: leave them and
+            use w_p = α_p^{-2} only; ``None``: neither.
+        refresh_every: Steps between refreshes.
+        columns: Exact columns per sample in a refresh's traces; ``None`` is exact.
+        gauge: κ ∈ [0, 1], which representative: 0 trace, ½ trace × norm², 1 norm.
+        group: The scale group; discovered on the first batch if ``None``.
+        seed: Of the generator for signs and noise.
+        **options: The base optimizer's keyword arguments, such as ``lr``.
+
+    Raises:
+        OptimizerError: If a parameter is not the model's, or a model is needed and missing.
+        UnsupportedError: If the model is wrapped for data parallelism or compilation, or ``maximize`` is set.
+        ValueError: If a number is out of its range.
+    """
+
+    def __init__(
+        self,
+        model_or_params: nn.Module | Iterable[Any],
+        base: Callable[..., Optimizer],
+        settings: dict[str, float],
+        *,
+        model: nn.Module | None = None,
+        rebalance: Rebalance = None,
+        refresh_every: int = 100,
+        columns: int | None = 2,
+        gauge: float = 0.0,
+        group: ScaleGroup | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        if isinstance(model_or_params, nn.Module):
+            if model is not None and model is not model_or_params:
+                raise OptimizerError("two models were given; pass the model once, as the first argument")
+            model, params = model_or_params, list(model_or_params.parameters())
+        else:
+            params = list(model_or_params)
+        _require_plain_model(model)
+        _require_range(settings, rebalance, refresh_every, columns, gauge)
+        if rebalance is not None and model is None:
+            raise OptimizerError(
+                f"rebalance={rebalance!r} needs the network's graph; pass the model as the first argument, or model= "
+                "beside the parameters"
+            )
+        self.model = model
+        self.rebalance, self.refresh_every, self.columns, self.gauge = rebalance, refresh_every, columns, gauge
+        self.group = group
+        self.balance: Balance | None = None
+        self.steps = 0
+        self._settings = dict(settings)
+        self._due = 0  # steps until the next refresh
+        self._ready = False  # all passes of a step are done
+        self._refreshing = False
+        self._pass: GradientPass | None = None
+        self._names: list[str] = []
+        self._subgroups: dict[frozenset[str], ScaleGroup] = {}
+        self._backup: list[Tensor] = []
+        self.keeps_batches = False  # whether the plan wants the inputs of the first pass
+        self.batches: list[Batch] = []
+        self._constructed = False
+        super().__init__(params, dict(settings))
+        self.base = base(self.param_groups, **options)
+        self._share()
+        self._constructed = True
+        for entry in self.param_groups:
+            self._check_group(entry)
+        self.generator = torch.Generator(self.parameters()[0].device).manual_seed(seed)
+
+    @abstractmethod
+    def plan(self) -> Plan:
+        """Yield the perturbation of each pass; see the module's docstring."""
+
+    @property
+    def refresh_due(self) -> bool:
+        """Whether the next forward pass of a step begins with a refresh."""
+        return self.rebalance is not None and self._due <= 0
+
+    def parameters(self) -> list[Tensor]:
+        """All parameters, in the order of the groups."""
+        return [p for entry in self.param_groups for p in entry["params"]]
+
+    def names(self) -> list[str]:
+        """Their names in the model (group and position, without a model)."""
+        return self._names
+
+    def setting(self, key: str) -> list[float]:
+        """A group setting (``rho``, ``strength``), per parameter.
+
+        Args:
+            key: Its name.
+
+        Returns:
+            One number per parameter.
+        """
+        return [float(entry[key]) for entry in self.param_groups for _ in entry["params"]]
+
+    def scales(self, which: Literal["log_scale", "weights", "trace_weights", "pulls"]) -> list[float]:
+        """A field of the balance, per parameter; what an unbalanced optimizer has where there is none.
+
+        Args:
+            which: The field.
+
+        Returns:
+            One number per parameter.
+        """
+        neutral = 1.0 if which in ("weights", "trace_weights") else 0.0
+        if self.balance is None:
+            return [neutral] * len(self.parameters())
+        values: dict[str, float] = getattr(self.balance, which)
+        return [values.get(name, neutral) for name in self._names]
+
+    def gradients(self) -> list[Tensor | None]:
+        """The gradients of the last pass, per parameter.
+
+        Returns:
+            ``.grad`` of each parameter.
+
+        Raises:
+            UnsupportedError: If one is sparse.
+        """
+        grads = [p.grad for p in self.parameters()]
+        for name, grad in zip(self._names, grads, strict=True):
+            if grad is not None and grad.is_sparse:
+                raise UnsupportedError(
+                    f"the gradient of {name} is sparse, which is not supported yet; build the embedding with sparse=False"
+                )
+        return grads
+
+    def passes(self) -> Iterator[GradientPass]:
+        """The gradient passes of one step, each a context in which to run forward and backward.
+
+        Gradients start from zero in each; several backward passes inside one add up.  After the loop :meth:`step`
+        descends along what the last pass left in ``.grad`` (clip it before).
+
+        Yields:
+            One context per pass.
+
+        Raises:
+            OptimizerError: If the previous pass was not left, or the model was not called where a refresh was due.
+        """
+        if self._pass is not None:
+            raise OptimizerError("passes() was called inside a gradient pass; leave the pass first")
+        self._ready = False
+        self.batches = []
+        before = Snapshot(self)
+        for index, perturbation in enumerate(self.plan()):
+            gradient_pass = GradientPass(self, perturbation, before, first=index == 0)
+            yield gradient_pass
+            if not gradient_pass.done:
+                raise OptimizerError("a gradient pass was not entered; use `with gradient_pass:` around each backward")
+        self.batches = []
+        self._ready = True
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step: all passes through the closure, or, after :meth:`passes`, the descent alone.
+
+        Args:
+            closure: Zeroes the gradients, runs forward and backward, returns the loss. Called once per pass.
+
+        Returns:
+            The loss of the first pass (before any ascent), or ``None`` without a closure.
+
+        Raises:
+            OptimizerError: If there is neither a closure nor finished passes.
+        """
+        loss = None
+        if closure is not None:
+            for index, gradient_pass in enumerate(self.passes()):
+                with gradient_pass, torch.enable_grad():
+                    value = closure()
+                loss = value if index == 0 else loss
+        elif not self._ready:
+            raise OptimizerError(
+                f"{type(self).__name__}.step() has no gradient passes to finish: call step(closure), or run "
+                "`for gradient_pass in optimizer.passes(): with gradient_pass: loss.backward()` before step()"
+            )
+        self.base.step()
+        self._ready = False
+        self.steps += 1
+        self._due -= 1
+        return loss
+
+    def refresh(self, inputs: Any) -> Balance | None:
+        """Find the representative now: discover (once), trace, solve, and with ``"move"`` rescale.
+
+        Disturbs neither modes, BatchNorm's statistics (beyond their covariant rescaling), nor the random streams.
+
+        Args:
+            inputs: A batch, as in :func:`ms_optim.hessian_trace`.
+
+        Returns:
+            The balance, also kept as ``optimizer.balance``; ``None`` if the model has no symmetry to use.
+
+        Raises:
+            OptimizerError: If the optimizer has no model.
+        """
+        if self.model is None:
+            raise OptimizerError("refresh needs the network's graph; pass the model when building the optimizer")
+        batch = Batch.of(inputs, self.model)
+        if self.group is None:
+            self.group = scale_symmetries(self.model, batch)
+        group = self._subgroup(self.group)
+        self._due = self.refresh_every
+        if len(group) == 0:
+            self.balance = None
+            return None
+        traces = hessian_trace(self.model, batch, self.columns, statistics="batch", generator=self.generator)
+        found = balance(self.model, traces, group, self.gauge)
+        if self.rebalance == "move":
+            t = group.bound(self.model, found.t)
+            found = found if torch.equal(t, found.t) else found.at(t)
+            group.rescale_(self.model, t, self.base)
+            found = found.moved()
+        self.balance = found
+        return found
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters; see :meth:`torch.optim.Optimizer.add_param_group`.
+
+        Args:
+            param_group: As in torch; ``rho`` or ``strength`` may be given.
+
+        Raises:
+            OptimizerError: If a parameter is not the model's.
+        """
+        if not self._constructed:
+            super().add_param_group(param_group)
+            return
+        for key, value in self._settings.items():
+            param_group.setdefault(key, value)
+        self._check_group(param_group)
+        self.base.add_param_group(param_group)
+        self._share()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's state and groups as torch writes them, and our own under ``"ms_optim"``.
+
+        Returns:
+            Plain containers, numbers and tensors only: loads with ``weights_only=True``.
+        """
+        own = {
+            "version": _STATE_VERSION,
+            "optimizer": type(self).__name__,
+            "parameters": self._signature(),
+            "steps": self.steps,
+            "due": self._due,
+            "generator": self.generator.get_state(),
+            "balance": None if self.balance is None else self.balance.state(),
+        }
+        return {**self.base.state_dict(), "ms_optim": own}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` wrote; all of it is checked before any of it is taken.
+
+        Args:
+            state_dict: The state.
+
+        Raises:
+            StateError: If it is another optimizer's or another model's.
+        """
+        own = state_dict.get("ms_optim")
+        if own is None:
+            raise StateError(
+                f"the state_dict has no 'ms_optim' entry, so it was not written by {type(self).__name__}; to start "
+                "from a plain optimizer's state load it into optimizer.base"
+            )
+        if own["version"] != _STATE_VERSION or own["optimizer"] != type(self).__name__:
+            raise StateError(
+                f"the state_dict is version {own['version']} of {own['optimizer']}, not version {_STATE_VERSION} of "
+                f"{type(self).__name__}; build the optimizer that wrote it"
+            )
+        theirs, ours = own["parameters"], self._signature()
+        if theirs != ours:
+            raise StateError(f"the state_dict belongs to other parameters: {_first_difference(theirs, ours)}")
+        restored = None if own["balance"] is None else Balance.from_state(own["balance"])
+        self.base.load_state_dict({key: value for key, value in state_dict.items() if key != "ms_optim"})
+        self._share()
+        self.generator.set_state(own["generator"].cpu())
+        self.steps, self._due, self.balance = int(own["steps"]), int(own["due"]), restored
+        self._ready = False
+
+    def _share(self) -> None:
+        """One list of groups and one state for both optimizers: torch replaces them on loading."""
+        self.param_groups, self.state = self.base.param_groups, self.base.state
+        if self.model is None:
+            sizes = enumerate(len(entry["params"]) for entry in self.param_groups)
+            self._names = [f"{g}.{i}" for g, size in sizes for i in range(size)]
+        else:
+            known = {id(p): name for name, p in self.model.named_parameters()}
+            self._names = [known.get(id(p), "") for p in self.parameters()]
+
+    def _signature(self) -> list[list[list[str]]]:
+        """Per group, the name and shape of each parameter."""
+        names = iter(self._names)
+        return [[[next(names), str(tuple(p.shape))] for p in entry["params"]] for entry in self.param_groups]
+
+    def _check_group(self, entry: dict[str, Any]) -> None:
+        """Refuse settings out of range and parameters that are not the model's."""
+        for key in self._settings:
+            _require_nonnegative(key, entry[key])
+        if entry.get("maximize", False):
+            raise UnsupportedError("maximize=True is not supported yet; negate the loss instead")
+        if self.model is None:
+            return
+        known = {id(p) for p in self.model.parameters()}
+        given = entry["params"]
+        for i, p in enumerate([given] if isinstance(given, Tensor) else list(given)):
+            if id(p) not in known:
+                raise OptimizerError(
+                    f"parameter {i} of the group, of shape {tuple(p.shape)}, is not one of "
+                    f"{type(self.model).__name__}'s; pass the model's own parameters, or the model that owns them"
+                )
+
+    def _subgroup(self, group: ScaleGroup) -> ScaleGroup:
+        """The part of the group that moves only parameters this optimizer may move: trainable and its own."""
+        assert self.model is not None
+        own = {id(p) for p in self.parameters()}
+        fixed = frozenset(n for n, p in self.model.named_parameters() if id(p) not in own or not p.requires_grad)
+        if fixed not in self._subgroups:
+            self._subgroups[fixed] = group.fixing(fixed)
+            if len(group) and not len(self._subgroups[fixed]):
+                warnings.warn(
+                    f"every scale symmetry of {type(self.model).__name__} moves a frozen parameter or one that this "
+                    "optimizer does not have, so balancing changes nothing; unfreeze it, or pass all parameters",
+                    NoEffectWarning,
+                    stacklevel=2,
+                )
+        return self._subgroups[fixed]
+
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The forward pre-hook of the first pass: refuse what is not supported, refresh if due, keep the batch."""
+        if not torch.is_grad_enabled() or self._pass is None or self._refreshing:
+            return
+        device = next(module.parameters()).device.type
+        if torch.is_autocast_enabled(device):
+            raise UnsupportedError(
+                f"{type(self).__name__} does not support autocast yet (a perturbation would be hidden by its weight "
+                "cache); train in float32"
+            )
+        batch = Batch(args, kwargs)
+        if self.keeps_batches:
+            self.batches.append(batch)
+        if self.refresh_due:
+            self._refreshing = True
+            try:
+                self._pass.before.keep_weights()
+                self.refresh(batch)
+            finally:
+                self._refreshing = False
+            self._pass.perturb()
+
+
+def _require_plain_model(model: nn.Module | None) -> None:
+    """Refuse wrappers that the engine does not handle yet."""
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    if isinstance(model, wrappers) or getattr(model, "_orig_mod", None) is not None:
+        raise UnsupportedError(
+            f"a model wrapped in {type(model).__name__} is not supported yet; build the optimizer with the module "
+            "inside it and train that"
+        )
+
+
+def _require_nonnegative(key: str, value: float) -> None:
+    """Refuse a negative or non-finite number."""
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{key} must be >= 0 and finite, got {value}; {key}=0 is the base optimizer")
+
+
+def _require_range(
+    settings: dict[str, float], rebalance: Rebalance, refresh_every: int, columns: int | None, gauge: float
+) -> None:
+    """Refuse numbers out of their range, before anything is built."""
+    for key, value in settings.items():
+        _require_nonnegative(key, value)
+    if rebalance not in ("move", "metric", None):
+        raise ValueError(f"rebalance must be 'move', 'metric' or None, got {rebalance!r}")
+    if refresh_every < 1:
+        raise ValueError(f"refresh_every must be >= 1 step, got {refresh_every}; rebalance=None switches refreshes off")
+    if columns is not None and columns < 0:
+        raise ValueError(f"columns must be >= 0 or None, got {columns}; None is exact")
+    if not 0.0 <= gauge <= 1.0:
+        raise ValueError(f"gauge must lie in [0, 1], got {gauge}; 0 balances traces, 1 norms")
+
+
+def _first_difference(theirs: list[list[list[str]]], ours: list[list[list[str]]]) -> str:
+    """Where two signatures differ first, in words."""
+    if len(theirs) != len(ours):
+        return f"it has {len(theirs)} parameter groups, the optimizer has {len(ours)}"
+    for g, (a, b) in enumerate(zip(theirs, ours, strict=True)):
+        if len(a) != len(b):
+            return f"group {g} has {len(a)} parameters there and {len(b)} here"
+        for x, y in zip(a, b, strict=True):
+            if x != y:
+                return f"group {g} has {x[0]} {x[1]} there where the optimizer has {y[0]} {y[1]}"
+    return "no difference"

@@ -1,0 +1,169 @@
+"""A gradient pass: the weights are perturbed inside a context and are themselves again outside it, whatever happens.
+
+Saved values are *copied back*, in place: adding ε and subtracting it again drifts (relative 3e-3 in bfloat16 over 200
+steps), and rebinding a parameter's storage breaks everything that holds its address.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..errors import OptimizerError
+
+if TYPE_CHECKING:
+    from .engine import SharpnessAware
+
+Perturbation = list[Tensor | None] | None
+
+
+class Snapshot:
+    """What a step may change before its end, as it was before the step.
+
+    Buffers, the generator and the refresh schedule are kept always; weights and the base optimizer's state only when a
+    refresh is about to rescale them, since perturbations are undone by the pass itself.
+
+    Args:
+        optimizer: The optimizer whose step begins.
+    """
+
+    def __init__(self, optimizer: SharpnessAware) -> None:
+        self.optimizer = optimizer
+        self.stream = optimizer.generator.get_state()
+        self.schedule = (optimizer._due, optimizer.balance)
+        self.copies: list[tuple[Tensor, Tensor]] = []
+        if optimizer.model is not None:
+            self._keep(list(optimizer.model.buffers()))
+
+    def keep_weights(self) -> None:
+        """Keep the weights and the tensors of the base optimizer's state as well."""
+        optimizer = self.optimizer
+        weights: list[Tensor] = [] if optimizer.model is None else list(optimizer.model.parameters())
+        states = optimizer.base.state.values()
+        self._keep(weights + [value for state in states for value in state.values() if isinstance(value, Tensor)])
+
+    def restore(self) -> None:
+        """Put everything back."""
+        with torch.no_grad():
+            for tensor, copy in self.copies:
+                tensor.copy_(copy)
+        self.optimizer.generator.set_state(self.stream)
+        self.optimizer._due, self.optimizer.balance = self.schedule
+
+    def _keep(self, tensors: list[Tensor]) -> None:
+        """Add copies of the tensors."""
+        self.copies += [(tensor, tensor.detach().clone()) for tensor in tensors]
+
+
+class GradientPass:
+    """One gradient pass, as a context.
+
+    Args:
+        optimizer: Whose pass it is.
+        perturbation: Added to the parameters, entry by entry; ``None`` for none. A function is called for it at the
+            last moment: where a refresh is due, after that refresh.
+        before: The state before the step, to go back to after an exception.
+        first: Whether buffers keep what this pass does to them, and a refresh may run.
+    """
+
+    def __init__(
+        self,
+        optimizer: SharpnessAware,
+        perturbation: Perturbation | Callable[[], Perturbation],
+        before: Snapshot,
+        first: bool,
+    ) -> None:
+        self.optimizer, self.perturbation, self.before, self.first = optimizer, perturbation, before, first
+        self.done = False
+        self._weights: list[Tensor] = []
+        self._saved: list[Tensor] = []
+        self._buffers: list[tuple[Tensor, Tensor]] = []
+        self._hook: torch.utils.hooks.RemovableHandle | None = None
+
+    def __enter__(self) -> GradientPass:
+        """Zero the gradients, keep the buffers, perturb.
+
+        Returns:
+            This pass.
+
+        Raises:
+            OptimizerError: If it was entered before, or another pass is open.
+        """
+        optimizer = self.optimizer
+        if self.done or optimizer._pass is not None:
+            raise OptimizerError("a gradient pass is entered once, and one at a time; take the next from passes()")
+        optimizer._pass = self
+        for p in optimizer.parameters():
+            p.grad = None
+        if optimizer.model is not None and self.first:
+            # Registered for this pass only: a hook that stayed would travel along when the model is copied or saved.
+            self._hook = optimizer.model.register_forward_pre_hook(
+                optimizer._before_forward, prepend=True, with_kwargs=True
+            )
+        elif optimizer.model is not None:
+            self._buffers = [(buffer, buffer.detach().clone()) for buffer in optimizer.model.buffers()]
+        if not (callable(self.perturbation) and self.first and optimizer.refresh_due):
+            self.perturb()
+        return self
+
+    def perturb(self) -> None:
+        """Add the perturbation, once, keeping what was there."""
+        perturbation = self.perturbation() if callable(self.perturbation) else self.perturbation
+        self.perturbation = None
+        if perturbation is None:
+            return
+        pairs = [(p, e) for p, e in zip(self.optimizer.parameters(), perturbation, strict=True) if e is not None]
+        if pairs:
+            self._weights = [p for p, _ in pairs]
+            self._saved = _saved_copies(self._weights, self.optimizer._backup)
+            with torch.no_grad():
+                torch._foreach_add_(self._weights, [e for _, e in pairs])
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Restore the weights, and the buffers if they are not to keep this pass's changes.
+
+        Args:
+            kind: The exception's type, if one is leaving.
+            error: The exception.
+            trace: Its traceback.
+
+        Raises:
+            OptimizerError: If a refresh was due and the model was never called.
+        """
+        optimizer = self.optimizer
+        optimizer._pass = None
+        self.done = True
+        if self._hook is not None:
+            self._hook.remove()
+        with torch.no_grad():
+            if self._weights:
+                torch._foreach_copy_(self._weights, self._saved)
+            for buffer, kept in self._buffers:
+                buffer.copy_(kept)
+        if kind is not None:
+            self.before.restore()
+        elif self.first and optimizer.refresh_due:
+            self.before.restore()
+            raise OptimizerError(
+                f"{type(optimizer.model).__name__} was not called inside the gradient pass, so a refresh that is due "
+                "could not run; build the optimizer with the module that your loop calls, or call "
+                "optimizer.refresh(inputs) before the step"
+            )
+
+
+def _saved_copies(weights: list[Tensor], backup: list[Tensor]) -> list[Tensor]:
+    """Copies of the weights, in tensors that live as long as the optimizer: allocating them anew costs more."""
+    fits = len(backup) == len(weights) and all(
+        b.shape == w.shape and b.dtype == w.dtype and b.device == w.device for b, w in zip(backup, weights, strict=True)
+    )
+    with torch.no_grad():
+        if not fits:
+            backup[:] = [torch.empty_like(w) for w in weights]
+        torch._foreach_copy_(backup, weights)
+    return backup

@@ -1,0 +1,146 @@
+r"""MSRegularizedSGD: SGD on L + λ · MS, the loss and the smallest Hessian trace among all equivalent networks.
+
+By the envelope theorem the minimiser need not be differentiated: with w_p = α_p*^{-2} from the last refresh,
+
+    ∇MS = Σ_p w_p ∇c_p + 2 Σ_p n_p W_p ,
+
+where n_p keeps the gradient tangential for weights that a normaliser makes scale-free (and, for κ > 0, is weight decay
+in balanced coordinates); see :class:`ms_optim.Balance`.  Between refreshes w is constant, and Σ_p w_p c_p ≥ MS.
+
+    gradient="trace"   ∇c_p by double backward through the trace of the pass's own batches with one signed column,
+                       whose dependence on the probabilities is part of it; about the cost of SAM.  Needs no graph from
+                       the training loss: it is added to ``.grad`` when the pass is over, before any clipping.
+    gradient="noise"   the gradient at W + z, z ~ N(0, 2 λ w_p): one pass, no extra cost.  This is smoothed loss in the
+                       balanced metric, not MS: at the kinks of ReLU noise sees curvature of its own order, on a trained
+                       MLP about three times the trace.
+
+Source: arXiv 2106.12612, Thm 1, for MS; the gradient is derived above.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..curvature.trace import weighted_trace
+from ..errors import NonFiniteWarning, OptimizerError
+from .engine import Plan, Rebalance, SharpnessAware
+
+Gradient = Literal["trace", "noise"]
+
+
+class MSRegularizedSGD(SharpnessAware):
+    r"""SGD on :math:`L + λ \min_α \sum_p c_p / α_p^2`.
+
+    Args:
+        model_or_params: The model, or parameters or groups with ``model=`` beside them.
+        lr: The learning rate.
+        momentum: As in ``torch.optim.SGD``.
+        strength: λ ≥ 0, in units of loss per trace; 0 is SGD (at the representative).
+        gradient: ``"trace"`` or ``"noise"``.
+        rebalance: ``"move"``, ``"metric"``, or ``None``: the plain trace, w = 1.
+        **options: ``model``, ``refresh_every``, ``columns``, ``gauge``, ``group``, ``seed`` (see
+            :class:`SharpnessAware`), and arguments of ``torch.optim.SGD``, such as ``weight_decay``.
+
+    Raises:
+        OptimizerError: If there is no model, or a parameter is not the model's.
+        ValueError: If a number is out of range.
+
+    Source: arXiv 2106.12612, Thm 1.
+    """
+
+    def __init__(
+        self,
+        model_or_params: nn.Module | Iterable[Any],
+        lr: float = 0.1,
+        momentum: float = 0.9,
+        strength: float = 1e-3,  # λ
+        gradient: Gradient = "trace",
+        rebalance: Rebalance = "move",
+        **options: Any,
+    ) -> None:
+        if gradient not in ("trace", "noise"):
+            raise ValueError(f"gradient must be 'trace' or 'noise', got {gradient!r}")
+        settings = {"strength": strength}
+        super().__init__(
+            model_or_params, torch.optim.SGD, settings, rebalance=rebalance, lr=lr, momentum=momentum, **options
+        )
+        if gradient == "trace" and self.model is None:
+            raise OptimizerError(
+                "gradient='trace' differentiates the network's trace and needs the model; pass it as the first "
+                "argument, or gradient='noise' with rebalance=None"
+            )
+        self.gradient = gradient
+        self.keeps_batches = gradient == "trace"
+
+    def plan(self) -> Plan:
+        """See the base class."""
+        strength = self.setting("strength")
+        if not any(strength):
+            yield None
+        elif self.gradient == "noise":
+            # A function: after a refresh that is due in this pass, w and the weights are others.
+            yield lambda: self.noise(strength)
+        else:
+            yield None
+            self.add_penalty(strength)
+
+    def noise(self, strength: list[float]) -> list[Tensor | None]:
+        """z ~ N(0, 2 λ w_p) for every trainable parameter, from the optimizer's own generator.
+
+        Args:
+            strength: λ per parameter.
+
+        Returns:
+            z, per parameter; ``None`` where a parameter is frozen.
+        """
+        deviations = [math.sqrt(2.0 * s * w) for s, w in zip(strength, self.scales("weights"), strict=True)]
+        return [
+            torch.randn(p.shape, generator=self.generator, device=p.device, dtype=p.dtype).mul_(deviation)
+            if p.requires_grad
+            else None
+            for p, deviation in zip(self.parameters(), deviations, strict=True)
+        ]
+
+    def add_penalty(self, strength: list[float]) -> None:
+        """Add λ (Σ_p w_p ∇c_p + 2 Σ_p n_p W_p), on the batches of the pass, to ``.grad``.
+
+        Args:
+            strength: λ per parameter.
+        """
+        assert self.model is not None
+        names, parameters = self.names(), self.parameters()
+        trace_weights = zip(names, strength, self.scales("trace_weights"), strict=True)
+        weights = {name: s * w for name, s, w in trace_weights}
+        wanted = [i for i, p in enumerate(parameters) if p.requires_grad]
+        penalty: list[Tensor | None] = [None] * len(parameters)
+        for batch in self.batches:
+            value = weighted_trace(self.model, batch, weights, self.generator) / len(self.batches)
+            if not bool(torch.isfinite(value)):
+                warnings.warn("the trace is not finite; this step goes on without its gradient", NonFiniteWarning, stacklevel=2)
+                return
+            if value.requires_grad:
+                found = torch.autograd.grad(value, [parameters[i] for i in wanted], allow_unused=True)
+                for i, grad in zip(wanted, found, strict=True):
+                    penalty[i] = _sum(penalty[i], grad)
+        pulls = [2.0 * s * n for s, n in zip(strength, self.scales("pulls"), strict=True)]
+        with torch.no_grad():
+            for i in wanted:
+                p = parameters[i]
+                if p.grad is None and penalty[i] is None:
+                    continue  # took no part in this step; torch's weight decay leaves such a parameter alone, too
+                total = _sum(penalty[i], p.detach() * pulls[i] if pulls[i] else None)
+                if total is not None:
+                    p.grad = total if p.grad is None else p.grad.add_(total)
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """a + b, where either may be absent."""
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b

@@ -1,0 +1,118 @@
+r"""SAM: descend along the gradient at the worst nearby point, ε = ρ M g / √⟨g, M g⟩ in a diagonal metric M.
+
+    SAM      M = 1              the ball of radius ρ around the weights
+    MSSAM    M = w = α*^{-2}    the ball around the α*-balanced representative, in today's coordinates
+    ASAM     M = T_W²           the ball that grows with the weights
+
+One global norm; a parameter group's ρ multiplies its part of ε.
+
+Source: Foret et al., arXiv 2010.01412, eq. 2 and 3 for M = 1 (second-order terms dropped, as there).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..errors import NonFiniteWarning
+from .engine import Plan, SharpnessAware
+from .gradient_pass import Perturbation
+
+Metric = list[float] | list[Tensor]
+
+
+def ascent(
+    grads: list[Tensor | None],
+    metric: Metric,  # M_p: one number, or one tensor of the parameter's shape, per parameter
+    rho: list[float],  # ρ_p: radius
+) -> Perturbation:
+    """ε_p = ρ_p M_p g_p / √(Σ_q ⟨g_q, M_q g_q⟩).
+
+    Args:
+        grads: g, entry by entry; ``None`` where a parameter took no part.
+        metric: M.
+        rho: The radius of each parameter's group.
+
+    Returns:
+        ε, or ``None`` if there is no direction: no gradient, a zero gradient, or one that is not finite (warned of).
+    """
+    entries = [i for i, g in enumerate(grads) if g is not None]
+    g = [grad for grad in grads if grad is not None]
+    if not g:
+        return None
+    with torch.no_grad():
+        m = [metric[i] for i in entries]
+        if isinstance(m[0], Tensor):
+            raised = torch._foreach_mul(g, m)
+            squares = torch.stack([torch.sum(a * b, dtype=torch.float64) for a, b in zip(g, raised, strict=True)])
+        else:
+            scale = torch.tensor(m, dtype=torch.float64, device=g[0].device)
+            squares = torch.stack(torch._foreach_norm(g)).double().square() * scale
+            raised = g
+        # The one synchronisation of a step: a norm that is not finite must not reach the weights.
+        norm = math.sqrt(float(squares.sum()))
+        if not math.isfinite(norm):
+            warnings.warn(
+                "the gradient norm is not finite; this step goes on without a perturbation", NonFiniteWarning, stacklevel=2
+            )
+            return None
+        if norm == 0.0:
+            return None
+        factors = [rho[i] / norm if isinstance(metric[i], Tensor) else rho[i] * metric[i] / norm for i in entries]
+        steps = iter(torch._foreach_mul(raised, factors))
+    return [None if grad is None else next(steps) for grad in grads]
+
+
+def two_passes(optimizer: SharpnessAware, metric: Callable[[], Metric]) -> Plan:
+    """The plan of every SAM: the gradient here, then the gradient at ε; one pass where ρ = 0.
+
+    Args:
+        optimizer: The optimizer.
+        metric: Gives M once the first gradient, and with it a refresh, is there.
+
+    Yields:
+        ``None``, then ε.
+    """
+    yield None
+    rho = optimizer.setting("rho")
+    if any(rho):
+        perturbation = ascent(optimizer.gradients(), metric(), rho)
+        if perturbation is not None:
+            yield perturbation
+
+
+class SAM(SharpnessAware):
+    r"""Sharpness-aware minimization, :math:`\min_W \max_{\|ε\| ≤ ρ} L(W + ε)`, around any optimizer of torch.
+
+    Args:
+        model_or_params: The model (BatchNorm's statistics then move once a step), or parameters or groups.
+        base: The class of the optimizer that descends.
+        rho: ρ ≥ 0, the radius; 0 is the base optimizer, in one pass.
+        **options: ``model``, ``rebalance`` and what goes with it (see :class:`SharpnessAware`; by default none), and
+            the base optimizer's own arguments, such as ``lr``.
+
+    Raises:
+        OptimizerError: If a parameter is not the model's.
+        ValueError: If a number is out of range.
+
+    Source: Foret et al., arXiv 2010.01412, Algorithm 1.
+    """
+
+    def __init__(
+        self,
+        model_or_params: nn.Module | Iterable[Any],
+        base: Callable[..., Optimizer] = torch.optim.SGD,
+        rho: float = 0.05,  # ρ
+        **options: Any,
+    ) -> None:
+        super().__init__(model_or_params, base, {"rho": rho}, **options)
+
+    def plan(self) -> Plan:
+        """See the base class."""
+        return two_passes(self, lambda: self.scales("weights"))

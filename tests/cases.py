@@ -1,0 +1,125 @@
+"""One line per optimizer: what every test of the contract runs over.
+
+``build(model_or_params, **options)`` makes the optimizer; ``passes`` is its number of gradient passes a step; ``off`` switches
+its own part off, so that the base optimizer (SGD with the same learning rate) is what is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import ms_optim
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    kind: Callable[..., ms_optim.SharpnessAware]
+    passes: int
+    off: dict[str, float]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def build(self, params: Any, /, **options: Any) -> ms_optim.SharpnessAware:
+        settings = {"lr": 0.05, "momentum": 0.9, "refresh_every": 3, **self.options, **options}
+        return self.kind(params, **settings)
+
+    @property
+    def rebalances(self) -> bool:
+        balanced_by_default = self.kind in (ms_optim.MSSAM, ms_optim.MSRegularizedSGD)
+        return self.options.get("rebalance", "move" if balanced_by_default else None) is not None
+
+    def __str__(self) -> str:
+        return self.name
+
+
+CASES = [
+    Case("SAM", ms_optim.SAM, 2, {"rho": 0.0}, {"rho": 0.1}),
+    Case("SAM[move]", ms_optim.SAM, 2, {"rho": 0.0}, {"rho": 0.1, "rebalance": "move"}),
+    Case("ASAM[official]", ms_optim.ASAM, 2, {"rho": 0.0}, {"rho": 0.5, "operator": "official"}),
+    Case("ASAM[elementwise]", ms_optim.ASAM, 2, {"rho": 0.0}, {"rho": 0.5, "operator": "elementwise"}),
+    Case("ASAM[metric]", ms_optim.ASAM, 2, {"rho": 0.0}, {"rho": 0.5, "operator": "official", "rebalance": "metric"}),
+    Case("MSSAM[move]", ms_optim.MSSAM, 2, {"rho": 0.0}, {"rho": 0.1, "rebalance": "move"}),
+    Case("MSSAM[metric]", ms_optim.MSSAM, 2, {"rho": 0.0}, {"rho": 0.1, "rebalance": "metric"}),
+    Case("MSSAM[None]", ms_optim.MSSAM, 2, {"rho": 0.0}, {"rho": 0.1, "rebalance": None}),
+    Case("MSSAM[move,gauge=1/2]", ms_optim.MSSAM, 2, {"rho": 0.0}, {"rho": 0.1, "gauge": 0.5, "columns": None}),
+    Case("MSReg[trace,move]", ms_optim.MSRegularizedSGD, 1, {"strength": 0.0}, {"strength": 0.01}),
+    Case(
+        "MSReg[trace,metric]",
+        ms_optim.MSRegularizedSGD,
+        1,
+        {"strength": 0.0},
+        {"strength": 0.01, "rebalance": "metric", "gauge": 0.5},
+    ),
+    Case("MSReg[trace,None]", ms_optim.MSRegularizedSGD, 1, {"strength": 0.0}, {"strength": 0.01, "rebalance": None}),
+    Case("MSReg[noise,move]", ms_optim.MSRegularizedSGD, 1, {"strength": 0.0}, {"strength": 1e-4, "gradient": "noise"}),
+    Case(
+        "MSReg[noise,metric]",
+        ms_optim.MSRegularizedSGD,
+        1,
+        {"strength": 0.0},
+        {"strength": 1e-4, "gradient": "noise", "rebalance": "metric"},
+    ),
+]
+
+
+def mlp() -> nn.Sequential:
+    """A ReLU network with biases: layers scale against each other, the last bias is fixed."""
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, 4))
+
+
+def convnet() -> nn.Sequential:
+    """Convolution, BatchNorm, in-place ReLU, dropout: running statistics, buffers and randomness."""
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(inplace=True),
+        nn.Dropout(0.2),
+        nn.Flatten(),
+        nn.Linear(4 * 16, 4),
+    )
+
+
+def samples(model: nn.Module, count: int, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+    """``count`` batches of eight samples for one of the networks above."""
+    stream = torch.Generator().manual_seed(seed)
+    shape = (6,) if isinstance(model[0], nn.Linear) else (1, 6, 6)
+    return [
+        (torch.randn(8, *shape, generator=stream), torch.randint(0, 4, (8,), generator=stream)) for _ in range(count)
+    ]
+
+
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[tuple[Tensor, Tensor]]
+) -> Iterator[tuple[float, Tensor]]:
+    """Train by closure; after each step the loss that ``step`` returned, and the logits on the first batch."""
+    for x, y in batches:
+
+        def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+
+        loss = optimizer.step(closure)
+        with torch.no_grad():
+            training = model.training
+            logits = model.eval()(batches[0][0])
+            model.train(training)
+        yield loss.item(), logits
+
+
+def everything(model: nn.Module, optimizer: ms_optim.SharpnessAware) -> list[Tensor]:
+    """Copies of all that a step may change: weights, buffers, the base optimizer's state, the generator."""
+    state = [v for s in optimizer.base.state.values() for v in s.values() if isinstance(v, Tensor)]
+    tensors = [*model.state_dict().values(), *state, optimizer.generator.get_state()]
+    return [t.detach().clone() for t in tensors]
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    """Bit for bit."""
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
