@@ -75,8 +75,8 @@ def backpropagate(
 def require_separate_samples(logits: Tensor, uses: Sequence[Use], column: Tensor) -> None:
     """Check that the first axis of every operation runs over samples, sample-major.
 
-    A sample's logits may reach only that sample's part of the axis; every second sample is silenced, and what arrives
-    in its part must be exactly zero.
+    A sample's logits may reach only that sample's part of the axis: the even samples are silenced, then the odd ones,
+    and what arrives in their part must be exactly zero.  Both, because of two samples one alone may hide the other.
 
     Args:
         logits: ``[N, K]``, in the graph.
@@ -89,13 +89,14 @@ def require_separate_samples(logits: Tensor, uses: Sequence[Use], column: Tensor
     samples = logits.shape[0]
     if samples < 2 or not uses:
         return
-    silenced = torch.arange(samples, device=logits.device) % 2 == 1
-    half = column.masked_fill(silenced[:, None], 0.0)
-    for use, (delta,) in zip(uses, deltas(logits, [use.node for use in uses], half[None]), strict=True):
-        rows = delta.shape[0]
-        if rows % samples or bool(delta.unflatten(0, (samples, rows // samples))[silenced].any()):
-            raise CurvatureError(
-                f"parameter {use.parameter} {use.shape} is used by {use.operation} on a tensor whose first axis "
-                f"({rows}) does not run over the {samples} samples in order (a sequence-first layout, or samples that "
-                "influence each other); put the batch axis first, or measure with batches of one sample"
-            )
+    for parity in (0, 1):
+        silenced = torch.arange(samples, device=logits.device) % 2 == parity
+        half = column.masked_fill(silenced[:, None], 0.0)
+        for use, (delta,) in zip(uses, deltas(logits, [use.node for use in uses], half[None]), strict=True):
+            rows = delta.shape[0]
+            if rows % samples or bool(delta.unflatten(0, (samples, rows // samples))[silenced].any()):
+                raise CurvatureError(
+                    f"parameter {use.parameter} {use.shape} is used by {use.operation} on a tensor whose first axis "
+                    f"({rows}) does not run over the {samples} samples in order (a sequence-first layout, or samples "
+                    "that influence each other); put the batch axis first, or measure with batches of one sample"
+                )

@@ -337,9 +337,10 @@ def linear_weight(use: Use, samples: int) -> Contraction:
 
 @curvature_rule(("Addmm", 0))
 def linear_bias(use: Use, samples: int) -> Contraction:
-    """The bias of X Wᵀ + b."""
+    """The bias of X Wᵀ + b; one number for several outputs is broadcast along them too."""
     _require_unit_scale(use, use.node)
-    return Reduced(use, samples, axes=(1,))
+    outputs = use.node._input_metadata[0].shape[1]
+    return Reduced(use, samples, axes=(1,)) if use.shape == (outputs,) else Broadcast(use, samples)
 
 
 @curvature_rule(("Add", 0), ("Add", 1))
@@ -348,6 +349,11 @@ def added(use: Use, samples: int) -> Contraction:
     if use.slot == 1 and use.node._saved_alpha != 1:
         raise CurvatureError(
             f"parameter {use.parameter} {use.shape} is added with alpha={use.node._saved_alpha}; no curvature rule "
+            "covers it. Freeze the parameter (requires_grad_(False)) to leave it out"
+        )
+    if not use.node._input_metadata[0].shape:
+        raise CurvatureError(
+            f"parameter {use.parameter} {use.shape} is added to a number, before there is a batch; no curvature rule "
             "covers it. Freeze the parameter (requires_grad_(False)) to leave it out"
         )
     return Broadcast(use, samples)
@@ -417,6 +423,11 @@ def layer_norm_affine(use: Use, samples: int) -> Contraction:
     """x̂ over the trailing axes, whose shape is the parameter's."""
     x = wide(use.node._saved_input)
     axes = tuple(range(x.ndim - len(use.shape), x.ndim))
+    if axes[0] == 0:
+        raise CurvatureError(
+            f"parameter {use.parameter} {use.shape} belongs to a layer norm over all axes of its input, the batch "
+            "among them, so samples influence each other; no curvature rule covers it"
+        )
     if use.slot == 2:
         return Reduced(use, samples, axes)
     return Reduced(use, samples, axes, _standardised(x, axes, use.node._saved_result2))

@@ -85,7 +85,7 @@ class Use:
         node: The autograd node of the operation that used it.
         operation: That operation's name.
         slot: Which input of the operation it was.
-        transposed: Whether a transposition stands between the parameter and the operation.
+        transposed: Whether an odd number of transpositions stands between the parameter and the operation.
     """
 
     parameter: str
@@ -136,10 +136,11 @@ def read_tape(logits: Tensor, parameters: Mapping[str, Tensor]) -> Tape:
         slots = [0 if source is None else depends[source] for source, _ in node.next_functions]
         depends[node] = _union(slots)
         tainted |= _tainted(node, name, slots)
+        if _transposed_leaf(node) is not None:
+            continue  # only another view of a parameter; whatever takes it is the use
         for slot, (source, _) in enumerate(node.next_functions):
-            transposed = source is not None and operation(source) == "T"
-            leaf = source.next_functions[0][0] if transposed else source
-            if leaf is not None and operation(leaf) == "AccumulateGrad" and name != "T":
+            leaf, transposed = _transposed_leaf(source) or (source, False)
+            if leaf is not None and operation(leaf) == "AccumulateGrad":
                 parameter = names.get(id(leaf.variable))
                 if parameter is not None:
                     shape = tuple(leaf.variable.shape)
@@ -164,6 +165,21 @@ def _inputs_first(root: Node | None) -> list[Node]:
     return order
 
 
+def _transposed_leaf(node: Node | None) -> tuple[Node, bool] | None:
+    """The leaf matrix under a chain of ``.t()``, ``.T``, ``.mT``, and whether their number is odd; else ``None``."""
+    odd, links = False, 0
+    while node is not None and operation(node) in ("T", "Transpose", "Permute"):
+        if len(node._input_metadata[0].shape) != 2:
+            return None
+        # Autograd saves axes as unsigned numbers, -1 as 2⁶⁴ − 1; of two axes the parity tells which it is.
+        if operation(node) == "Transpose":
+            odd ^= (node._saved_dim0 - node._saved_dim1) % 2 == 1
+        else:
+            odd ^= operation(node) == "T" or node._saved_dims[0] % 2 == 1
+        node, links = node.next_functions[0][0], links + 1
+    return (node, odd) if links and node is not None and operation(node) == "AccumulateGrad" else None
+
+
 def _union(masks: list[int]) -> int:
     """The parameters in any of the masks."""
     total = 0
@@ -181,8 +197,9 @@ def _tainted(node: Node, name: str, slots: list[int]) -> int:
     if name in _BATCH_NORMS:
         if node._saved_training:
             raise CurvatureError(
-                "a BatchNorm differentiates through the statistics of the batch, so one sample's logits depend on the "
-                "others; call it with training=False, or use nn.BatchNorm modules, whose statistics we hold fixed"
+                "a normalisation differentiates through statistics of its own input: a functional batch_norm with "
+                "training=True, where one sample's logits depend on the others, or an InstanceNorm, which no rule "
+                "covers; use nn.BatchNorm modules, whose statistics we hold fixed, or GroupNorm(C, C) per instance"
             )
         return _overlap(slots, ((0,), (1,)))
     if name in _NONLINEAR_SLOTS:

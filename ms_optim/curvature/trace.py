@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..batch import Batch, batches, class_logits
 from ..errors import CurvatureError, DataError, UnsupportedError
@@ -123,13 +124,17 @@ def hessian_trace(
     device = next(iter(parameters.values())).device
     sums: Tensor | None = None
     samples = 0
+    checked = False
     hessian = dict.fromkeys(parameters, True)
     with evaluation(model, statistics):
         for index, batch in enumerate(batches(data, model)):
             batch.check_finite(index)
-            tape, squares, n = _batch_sums(model, batch.to(device), parameters, columns, generator, index)
+            tape, squares, n = _batch_sums(
+                model, batch.to(device), parameters, columns, generator, index, check=not checked
+            )
             sums = squares if sums is None else sums + squares
             samples += n
+            checked = checked or n > 1  # a batch of one sample shows no order
             hessian = {name: hessian[name] and tape.kind[name] == "hessian" for name in hessian}
     assert sums is not None  # batches() refuses an empty iterable
     values = dict(zip(parameters, (sums / samples).tolist(), strict=True))
@@ -169,7 +174,8 @@ def weighted_trace(
         CurvatureError: If a parameter is used where no curvature rule applies.
         DataError: If the logits are not ``[N, K]`` or not finite.
     """
-    with evaluation(model, statistics):
+    # Fused attention kernels have no second derivative.
+    with evaluation(model, statistics), sdpa_kernel(SDPBackend.MATH):
         logits = finite_logits(batch.logits(model), None)
         samples = logits.shape[0]
         wanted = {name: p for name, p in trainable(model).items() if weights.get(name, 0.0) != 0.0}
@@ -244,6 +250,7 @@ def _batch_sums(
     columns: int | None,
     generator: torch.Generator,
     index: int,
+    check: bool,
 ) -> tuple[Tape, Tensor, int]:
     """The tape, Σ_i ‖S_iᵀ J_{p,i}‖² per parameter in float64, and n, of one batch."""
     logits = finite_logits(batch.logits(model), index)
@@ -269,7 +276,7 @@ def _batch_sums(
                 return sampled[start:stop]
 
         for group, at in enumerate(backpropagate(logits, nodes, count, column)):
-            if index == group == 0:
+            if check and group == 0:
                 _require_samples_first(logits, sites, at, column(0, 1)[0])
             norms = {name: _squared_norm(site, at) for name, site in sites.items()}
             zero = logits.new_zeros(())
@@ -302,7 +309,7 @@ def _squared_norm(site: Site, at: Mapping[Node, Columns]) -> Tensor:
 def _require_samples_first(
     logits: Tensor, sites: Mapping[str, Site], at: Mapping[Node, Columns], column: Tensor
 ) -> None:
-    """Where positions are folded into the first axis, check that it is sample-major; one more backpropagation."""
+    """Where positions are folded into the first axis, check that it is sample-major; two more backpropagations."""
     doubtful: dict[Node, Use] = {}
     for site in sites.values():
         for use, rule in site:

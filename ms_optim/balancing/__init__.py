@@ -1,0 +1,11 @@
+"""Balancing: from traces, norms and a scale group to one representative of all equivalent networks.
+
+``program`` says what is minimised and minimises it, ``floors`` repairs it where traces are degenerate, ``chain`` knows
+the closed form, ``solve`` presents the result, ``rebalance`` takes a network there.
+"""
+
+from .chain import chain_log_scales, chain_minimum
+from .rebalance import rebalance_
+from .solve import Balance, balance
+
+__all__ = ["Balance", "balance", "chain_log_scales", "chain_minimum", "rebalance_"]

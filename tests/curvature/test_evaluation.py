@@ -1,0 +1,124 @@
+"""Inside, the evaluation network; outside, nothing happened."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ms_optim.curvature.evaluation import evaluation
+
+
+def network():
+    model = nn.Sequential(
+        nn.Conv1d(2, 3, 2), nn.BatchNorm1d(3), nn.Dropout(), nn.Flatten(), nn.BatchNorm1d(9, affine=False)
+    )
+    model(torch.randn(5, 2, 4))  # running statistics of their own
+    return model
+
+
+def buffers(model):
+    return {name: value.clone() for name, value in model.named_buffers()}
+
+
+@pytest.mark.parametrize("statistics", ["running", "batch"])
+def test_modules_are_in_evaluation_mode_inside_and_as_before_outside(statistics):
+    model = network()
+    model[1].eval()
+    before = [module.training for module in model.modules()]
+    with evaluation(model, statistics):
+        assert not any(module.training for module in model.modules())
+    assert [module.training for module in model.modules()] == before
+
+
+def test_running_statistics_give_the_output_of_evaluation_mode():
+    model, x = network(), torch.randn(5, 2, 4)
+    expected = copy.deepcopy(model).eval()(x)
+    with evaluation(model):
+        assert torch.equal(model(x), expected)
+
+
+def test_batch_statistics_give_the_output_of_training_mode_without_dropout():
+    model, x = network(), torch.randn(5, 2, 4)
+    twin = copy.deepcopy(model)
+    twin[2].eval()
+    with evaluation(model, "batch"):
+        torch.testing.assert_close(model(x), twin.train(True)[3:](twin[:2](x)), rtol=1e-12, atol=1e-12)
+
+
+def test_batch_statistics_are_constants():
+    model, x = network(), torch.randn(5, 2, 4, requires_grad=True)
+    with evaluation(model, "batch"):
+        output = model(x)
+    # With the statistics constant, sample 0's output reaches sample 0's input only.
+    (gradient,) = torch.autograd.grad(output[0].square().sum(), x)
+    assert float(gradient[1:].abs().max()) == 0.0 < float(gradient[0].abs().max())
+
+
+@pytest.mark.parametrize("statistics", ["running", "batch"])
+@pytest.mark.parametrize("broken", [False, True])
+def test_buffers_hooks_and_random_streams_are_as_before(statistics, broken):
+    model, x = network(), torch.randn(5, 2, 4)
+    before, state = buffers(model), torch.get_rng_state()
+    identities = {name: id(buffer) for name, buffer in model.named_buffers()}
+    try:
+        with evaluation(model, statistics):
+            model(x)
+            torch.rand(7)
+            if broken:
+                raise KeyError("inside")
+    except KeyError:
+        assert broken
+    assert {name: id(buffer) for name, buffer in model.named_buffers()} == identities
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    assert torch.equal(state, torch.get_rng_state())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("statistics", ["running", "batch"])
+def test_a_batch_norm_without_running_statistics_gets_the_batch_as_constants(statistics):
+    model, x = nn.BatchNorm1d(3, track_running_stats=False), torch.randn(5, 3)
+    with evaluation(model, statistics):
+        output = model(x)
+        assert not output.grad_fn._saved_training
+    torch.testing.assert_close(output, F.batch_norm(x, None, None, model.weight, model.bias, training=True))
+    assert model.running_mean is None and model.running_var is None
+
+
+def test_a_batch_norm_used_twice_has_the_statistics_of_each_use():
+    norm = nn.BatchNorm1d(3)
+    x = torch.randn(5, 3)
+    with evaluation(norm, "batch"):
+        first, second = norm(x), norm(3 * x + 1)
+    torch.testing.assert_close(first, second, rtol=0.0, atol=1e-4)  # equal up to ε
+
+
+def test_evaluations_nest():
+    model, x = network(), torch.randn(5, 2, 4)
+    before = buffers(model)
+    with evaluation(model, "batch"):
+        outer = model(x)
+        with evaluation(model, "running"):
+            assert not any(module.training for module in model.modules())
+            model(x)
+        assert torch.equal(model(x), outer)
+    assert model.training
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+def test_gradients_are_on_and_autocast_is_off_inside():
+    model, x = network(), torch.randn(5, 2, 4)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16), evaluation(model.float()):
+        assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+        assert model(x.float()).dtype == torch.float32
+
+
+def test_another_word_for_the_statistics_is_refused_before_anything_is_touched():
+    model = network()
+    with (
+        pytest.raises(ValueError, match="statistics must be 'running' or 'batch', got 'own'"),
+        evaluation(model, "own"),
+    ):
+        pass
+    assert model.training
