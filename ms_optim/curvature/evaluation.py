@@ -42,6 +42,7 @@ def evaluation(model: nn.Module, statistics: Statistics = "running") -> Iterator
     norms = [module for module, _ in modes if isinstance(module, _BatchNorm)]
     own = [norm for norm in norms if statistics == "batch" or norm.running_mean is None]
     kept = [(norm, norm._buffers.get("running_mean"), norm._buffers.get("running_var")) for norm in own]
+    buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
     hooks = [norm.register_forward_pre_hook(_use_batch_statistics) for norm in own]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     kind = next((p.device.type for p in model.parameters()), "cpu")
@@ -55,6 +56,10 @@ def evaluation(model: nn.Module, statistics: Statistics = "running") -> Iterator
             hook.remove()
         for norm, mean, variance in kept:
             norm._buffers["running_mean"], norm._buffers["running_var"] = mean, variance
+        with torch.no_grad():
+            for buffer, version, kept_buffer in buffers:
+                if buffer._version != version:  # a forward of the model's own wrote to it
+                    buffer.copy_(kept_buffer)
         for module, training in modes:
             module.training = training
 

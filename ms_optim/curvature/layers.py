@@ -359,6 +359,12 @@ def added(use: Use, samples: int) -> Contraction:
     return Broadcast(use, samples)
 
 
+@curvature_rule(("Expand", 0))
+def expanded(use: Use, samples: int) -> Contraction:
+    """A parameter repeated for every sample, such as a class token."""
+    return Broadcast(use, samples)
+
+
 @curvature_rule(("Convolution", 1))
 def convolution_weight(use: Use, samples: int) -> Contraction:
     """A convolution is a linear map of unfolded patches, one position per output pixel."""

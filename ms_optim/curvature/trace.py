@@ -103,8 +103,9 @@ def hessian_trace(
         Parameter name → trace, in units of loss per squared weight, with the ``kind`` of each.
 
     Raises:
-        CurvatureError: If a parameter is used where no curvature rule applies, samples are not independent or not on
-            the first axis, the model has no trainable parameter, or a trace is not finite.
+        CurvatureError: If a parameter is used where no curvature rule applies, the samples are not on the first axis,
+            the model has no trainable parameter, or a trace is not finite. (Each sample's logits must depend on that
+            sample alone; that is checked where positions are folded into the first axis, and not elsewhere.)
         DataError: If data is not batches, is empty or not finite, or logits are not ``[N, K]``.
         UnsupportedError: If the loss is another one.
         ValueError: If ``columns`` is negative.
@@ -113,7 +114,7 @@ def hessian_trace(
 
     >>> net = torch.nn.Linear(3, 2, bias=False)
     >>> _ = torch.nn.init.zeros_(net.weight)
-    >>> hessian_trace(net, torch.ones(4, 3))["weight"]  # ‖x‖² (1 − 1/K) = 3 / 2
+    >>> round(hessian_trace(net, torch.ones(4, 3))["weight"], 6)  # ‖x‖² (1 − 1/K) = 3 / 2
     1.5
     """
     _require_cross_entropy(loss)

@@ -45,6 +45,18 @@ def test_a_dead_layer_is_floored_at_a_fraction_of_the_largest_product():
     assert "trace of p1 raised from 0 to 2.5e-09" in result.notes[0]
 
 
+def test_a_dead_weight_that_others_hold_is_left_as_it_is():
+    # p1 (h − s) has no trace; its bias p2 (h) and p3 (s − h) hold h, p0 (s) and p5 (−s) hold s.
+    network = declare("residual", 2)
+    c, n = torch.ones(7), torch.ones(7)
+    c[1] = 0.0
+    result = solve(network, c, n)
+    assert result.notes == ()
+    a, minimum = reference_balance(c, n, network.rows, network.generators, 0.0, starts=1)
+    assert result.minimum_sharpness == pytest.approx(minimum, rel=1e-9)
+    torch.testing.assert_close(numbers(result, "log_scale"), a, rtol=0, atol=1e-6)
+
+
 def test_a_zero_head_between_gauges_gets_a_norm():
     network = declare("chain", 3)
     result = solve(network, [1.0, 1.0, 1.0], [1.0, 1.0, 0.0], gauge=0.5)
