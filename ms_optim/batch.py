@@ -72,7 +72,9 @@ class Batch:
         """All tensors among the arguments, one level of containers deep."""
         found: list[Tensor] = []
         for value in (*self.args, *self.kwargs.values()):
-            inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else [value]
+            if isinstance(value, Mapping):
+                value = list(value.values())
+            inner = value if isinstance(value, (tuple, list)) else [value]
             found.extend(v for v in inner if isinstance(v, Tensor))
         return found
 

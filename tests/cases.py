@@ -1,7 +1,7 @@
 """One line per optimizer: what every test of the contract runs over.
 
-``build(model_or_params, **options)`` makes the optimizer; ``passes`` is its number of gradient passes a step; ``off`` switches
-its own part off, so that the base optimizer (SGD with the same learning rate) is what is left.
+``build(model_or_params, **options)`` makes the optimizer; ``passes`` is its number of gradient passes a step; ``off``
+switches its own part off, so that the base optimizer (SGD with the same learning rate) is what is left.
 """
 
 from __future__ import annotations

@@ -176,7 +176,7 @@ class SharpnessAware(Optimizer):
         for name, grad in zip(self._names, grads, strict=True):
             if grad is not None and grad.is_sparse:
                 raise UnsupportedError(
-                    f"the gradient of {name} is sparse, which is not supported yet; build the embedding with sparse=False"
+                    f"the gradient of {name} is sparse, which is not supported yet; build the layer with sparse=False"
                 )
         return grads
 
@@ -205,7 +205,7 @@ class SharpnessAware(Optimizer):
         self.batches = []
         self._ready = True
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step: all passes through the closure, or, after :meth:`passes`, the descent alone.
 
         Args:

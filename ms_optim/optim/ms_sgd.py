@@ -122,7 +122,8 @@ class MSRegularizedSGD(SharpnessAware):
         for batch in self.batches:
             value = weighted_trace(self.model, batch, weights, self.generator) / len(self.batches)
             if not bool(torch.isfinite(value)):
-                warnings.warn("the trace is not finite; this step goes on without its gradient", NonFiniteWarning, stacklevel=2)
+                message = "the trace is not finite; this step goes on without its gradient"
+                warnings.warn(message, NonFiniteWarning, stacklevel=2)
                 return
             if value.requires_grad:
                 found = torch.autograd.grad(value, [parameters[i] for i in wanted], allow_unused=True)

@@ -42,29 +42,30 @@ def ascent(
     Returns:
         ε, or ``None`` if there is no direction: no gradient, a zero gradient, or one that is not finite (warned of).
     """
-    entries = [i for i, g in enumerate(grads) if g is not None]
+    taking_part = [i for i, grad in enumerate(grads) if grad is not None]
     g = [grad for grad in grads if grad is not None]
     if not g:
         return None
+    tensors = [m for m in (metric[i] for i in taking_part) if isinstance(m, Tensor)]
+    numbers = [m for m in (metric[i] for i in taking_part) if not isinstance(m, Tensor)]
     with torch.no_grad():
-        m = [metric[i] for i in entries]
-        if isinstance(m[0], Tensor):
-            raised = torch._foreach_mul(g, m)
+        if tensors:
+            raised = list(torch._foreach_mul(g, tensors))
             squares = torch.stack([torch.sum(a * b, dtype=torch.float64) for a, b in zip(g, raised, strict=True)])
+            numbers = [1.0] * len(g)
         else:
-            scale = torch.tensor(m, dtype=torch.float64, device=g[0].device)
-            squares = torch.stack(torch._foreach_norm(g)).double().square() * scale
             raised = g
+            weights = torch.tensor(numbers, dtype=torch.float64, device=g[0].device)
+            squares = torch.stack(torch._foreach_norm(g)).double().square() * weights
         # The one synchronisation of a step: a norm that is not finite must not reach the weights.
         norm = math.sqrt(float(squares.sum()))
         if not math.isfinite(norm):
-            warnings.warn(
-                "the gradient norm is not finite; this step goes on without a perturbation", NonFiniteWarning, stacklevel=2
-            )
+            message = "the gradient norm is not finite; this step goes on without a perturbation"
+            warnings.warn(message, NonFiniteWarning, stacklevel=2)
             return None
         if norm == 0.0:
             return None
-        factors = [rho[i] / norm if isinstance(metric[i], Tensor) else rho[i] * metric[i] / norm for i in entries]
+        factors = [rho[i] * m / norm for i, m in zip(taking_part, numbers, strict=True)]
         steps = iter(torch._foreach_mul(raised, factors))
     return [None if grad is None else next(steps) for grad in grads]
 

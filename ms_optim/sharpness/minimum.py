@@ -27,7 +27,7 @@ def minimum_sharpness(
     columns: int | None = None,  # r: exact columns of S per sample; None: all
     group: ScaleGroup | None = None,
 ) -> float:
-    r"""Minimum sharpness, :math:`\min_t \sum_p c_p e^{-2 (B t)_p}`, in units of loss (a trace times a squared scale of 1).
+    r"""Minimum sharpness, :math:`\min_t \sum_p c_p e^{-2 (B t)_p}`: a trace, in units of loss per squared weight.
 
     Unchanged by every element of the scale group. Without a symmetry it is the trace (and a warning is given).
 
