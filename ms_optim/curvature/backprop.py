@@ -9,7 +9,7 @@ are kept at a time, so that what a contraction prepares from the input is prepar
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -47,29 +47,33 @@ def deltas(logits: Tensor, nodes: Sequence[Node], columns: Tensor, create_graph:
 
 
 def backpropagate(
-    logits: Tensor, nodes: Sequence[Node], count: int, column: Callable[[int, int], Tensor]
+    logits: Tensor, nodes: Mapping[Node, bool], count: int, column: Callable[[int, int], Tensor]
 ) -> Iterator[dict[Node, Columns]]:
     """Send ``count`` columns to the nodes, a group at a time.
 
     Args:
         logits: ``[N, K]``, in the graph, which is kept.
-        nodes: Autograd nodes below the logits.
+        nodes: Autograd nodes below the logits, and whether the norms of their columns are enough.
         count: The number of columns.
         column: ``column(start, stop)`` gives columns ``[stop − start, N, K]``.
 
     Yields:
         Node → its columns, for disjoint groups that together are all of them.
     """
-    size = sum(math.prod(node._input_metadata[0].shape) for node in nodes) * logits.element_size()
+    kept_nodes = [node for node, norms_only in nodes.items() if not norms_only]
+    size = sum(math.prod(node._input_metadata[0].shape) for node in kept_nodes) * logits.element_size()
     kept = max(1, _KEPT_BYTES // max(1, size))
     convolutional = any(operation(node) == "Convolution" for node in nodes)
     together = kept if logits.is_cuda else min(kept, _CPU_TOGETHER if convolutional else 1)
     for first in range(0, count, kept):
         last = min(first + kept, count)
-        pieces = [
-            deltas(logits, nodes, column(start, min(start + together, last))) for start in range(first, last, together)
-        ]
-        yield {node: Columns([piece[i] for piece in pieces]) for i, node in enumerate(nodes)}
+        at = {node: Columns(norms_only=norms_only) for node, norms_only in nodes.items()}
+        for start in range(first, last, together):
+            piece = deltas(logits, list(nodes), column(start, min(start + together, last)))
+            for node, delta in zip(nodes, piece, strict=True):
+                at[node].add(delta)
+            del piece, delta  # so that what is let go is free memory for the next piece
+        yield at
 
 
 def require_separate_samples(logits: Tensor, uses: Sequence[Use], column: Tensor) -> None:

@@ -1,8 +1,9 @@
 """Evaluation: the network whose curvature is measured, without disturbing the one that trains.
 
 The trace belongs to a deterministic function of the parameters in which each sample's logits depend on that sample
-alone.  So dropout is off, and BatchNorm's statistics are constants: the running ones for a measurement, the batch's
-own for an optimizer's refresh (early in training the running ones are fresh or stale and describe another network).
+alone.  So dropout is off, and BatchNorm's statistics are constants: the running ones for a measurement; for an
+optimizer's refresh those that the training forward uses, which are the batch's own unless the module is in evaluation
+mode (early in training the running ones are fresh or stale and describe another network).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-Statistics = Literal["running", "batch"]
+Statistics = Literal["running", "batch", "training"]
 
 
 @contextmanager
@@ -28,7 +29,8 @@ def evaluation(model: nn.Module, statistics: Statistics = "running") -> Iterator
     Args:
         model: The model.
         statistics: ``"running"``: BatchNorm uses its running statistics (the batch's, where it keeps none).
-            ``"batch"``: the batch's own mean and biased variance, held constant.
+            ``"batch"``: the batch's own mean and biased variance, held constant. ``"training"``: the batch's own for
+            modules in training mode, the running ones for the others.
 
     Yields:
         Nothing; forward passes inside see the evaluation network.
@@ -36,11 +38,12 @@ def evaluation(model: nn.Module, statistics: Statistics = "running") -> Iterator
     Raises:
         ValueError: If ``statistics`` is another word.
     """
-    if statistics not in ("running", "batch"):
-        raise ValueError(f"statistics must be 'running' or 'batch', got {statistics!r}")
+    if statistics not in ("running", "batch", "training"):
+        raise ValueError(f"statistics must be 'running', 'batch' or 'training', got {statistics!r}")
     modes = [(module, module.training) for module in model.modules()]
-    norms = [module for module, _ in modes if isinstance(module, _BatchNorm)]
-    own = [norm for norm in norms if statistics == "batch" or norm.running_mean is None]
+    norms = [(module, training) for module, training in modes if isinstance(module, _BatchNorm)]
+    of_batch = {"running": lambda training: False, "batch": lambda training: True, "training": bool}[statistics]
+    own = [norm for norm, training in norms if of_batch(training) or norm.running_mean is None]
     kept = [(norm, norm._buffers.get("running_mean"), norm._buffers.get("running_var")) for norm in own]
     buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
     hooks = [norm.register_forward_pre_hook(_use_batch_statistics) for norm in own]

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 
 import torch
@@ -43,13 +43,25 @@ class Columns:
 
     Args:
         pieces: Tensors ``[c, M, …]``, M = samples × whatever the operation folded into its first axis.
+        norms_only: Whether ‖δ_cm‖ is all that will be asked for: δ itself is then let go piece by piece.
     """
 
-    def __init__(self, pieces: Sequence[Tensor]) -> None:
-        self.pieces = list(pieces)
-        self.count = sum(piece.shape[0] for piece in self.pieces)
-        self.shape = tuple(self.pieces[0].shape[1:])
-        self.element_size = self.pieces[0].element_size()
+    def __init__(self, pieces: Iterable[Tensor] = (), norms_only: bool = False) -> None:
+        self.norms_only = norms_only
+        self.pieces: list[Tensor] = []
+        self.norms: list[Tensor] = []
+        self.count, self.shape, self.element_size = 0, (0,), 0
+        for piece in pieces:
+            self.add(piece)
+
+    def add(self, piece: Tensor) -> None:
+        """Take ``[c, M, …]``: c more columns."""
+        self.count += piece.shape[0]
+        self.shape, self.element_size = tuple(piece.shape[1:]), piece.element_size()
+        if self.norms_only:
+            self.norms.append(_row_norms(piece))
+        else:
+            self.pieces.append(piece)
 
     def part(self, rows: slice) -> Tensor:
         """All columns of some rows, ``[C, rows, …]``, in float32 or better."""
@@ -57,11 +69,16 @@ class Columns:
             return wide(self.pieces[0][:, rows])
         return wide(torch.cat([piece[:, rows] for piece in self.pieces]))
 
+    def rows_first(self, rows: slice) -> Tensor:
+        """The same as ``[rows, C, …]``, in one copy at most."""
+        parts = [piece[:, rows].transpose(0, 1) for piece in self.pieces]
+        return wide(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
+
     @cached_property
     def row_squares(self) -> Tensor:
         """Σ_c Σ_o δ_cmo², ``[M]``: what a linear layer's weight and bias have in common."""
-        norms = [torch.linalg.vector_norm(wide(piece), dim=-1).square().sum(0) for piece in self.pieces]
-        return norms[0] if len(norms) == 1 else torch.stack(norms).sum(0)
+        norms = self.norms or [_row_norms(piece) for piece in self.pieces]
+        return torch.cat(norms).square().sum(0)
 
 
 class Contraction(ABC):
@@ -74,6 +91,11 @@ class Contraction(ABC):
 
     def __init__(self, use: Use, samples: int) -> None:
         self.use, self.samples = use, samples
+
+    @property
+    def norms_suffice(self) -> bool:
+        """Whether :meth:`squared_norm` looks at ``columns.row_squares`` only."""
+        return False
 
     @abstractmethod
     def squared_norm(self, columns: Columns) -> Tensor:
@@ -159,6 +181,11 @@ def _slices(samples: int, bytes_per_sample: int) -> Iterator[slice]:
         yield slice(start, min(start + step, samples))
 
 
+def _row_norms(piece: Tensor) -> Tensor:
+    """‖δ_cm‖, ``[c, M]``."""
+    return torch.linalg.vector_norm(wide(piece), dim=-1)
+
+
 def _square_sum(tensor: Tensor) -> Tensor:
     """Σ x² in one pass, without a temporary."""
     flat = tensor.reshape(-1)
@@ -182,6 +209,11 @@ class PlainLinear(Contraction):
         """‖x_n‖², ``[N]``."""
         return torch.linalg.vector_norm(wide(self.x), dim=-1).square()
 
+    @property
+    def norms_suffice(self) -> bool:
+        """See the base class."""
+        return True
+
     def squared_norm(self, columns: Columns) -> Tensor:
         """See the base class."""
         return torch.dot(columns.row_squares, self.input_squares)
@@ -199,7 +231,7 @@ class Outer(Contraction):
         use: The use.
         samples: N.
         unfold: Gives U as ``[n, G, I, V]`` for a slice of the samples.
-        arrange: Gives δ as ``[n, G, O·C, V]`` for the columns ``[C, (n …), …]`` of that slice, C first within O·C.
+        arrange: Gives δ as ``[n, G, C·O, V]`` for the columns ``[(n …), C, …]`` of that slice.
         sizes: (G, O, I, V).
     """
 
@@ -222,7 +254,7 @@ class Outer(Contraction):
         floats = groups * (v * (i + co) + (co * i if direct <= gram else 2 * v * v))
         total: Tensor | None = None
         for part in _slices(self.samples, floats * columns.element_size):
-            u, d = wide(self.unfold(part)), self.arrange(columns.part(self._rows(part, columns)))
+            u, d = wide(self.unfold(part)), self.arrange(columns.rows_first(self._rows(part, columns)))
             if direct <= gram:
                 term = _square_sum(d @ u.transpose(-1, -2))
             else:
@@ -234,7 +266,7 @@ class Outer(Contraction):
     def gradients(self, columns: Columns) -> Tensor:
         """See the base class."""
         everything = slice(0, self.samples)
-        d = self.arrange(columns.part(slice(None))).unflatten(2, (columns.count, -1))  # n g c o v
+        d = self.arrange(columns.rows_first(slice(None))).unflatten(2, (columns.count, -1))  # n g c o v
         g = torch.einsum("ngcov,ngiv->cngoi", d, wide(self.unfold(everything)))
         if self.use.operation in ("Addmm", "Mm") and not self.use.transposed:
             g = g.transpose(-1, -2)
@@ -262,23 +294,34 @@ class Reduced(Contraction):
 
     def gradients(self, columns: Columns) -> Tensor:
         """See the base class."""
-        g = self._gradients(columns, slice(0, self.samples))
+        everything = slice(0, self.samples)
+        g = torch.cat([self._gradients(piece, everything) for piece in columns.pieces])
         return g.reshape(columns.count, self.samples, *self.use.shape)
+
+    @property
+    def norms_suffice(self) -> bool:
+        """See the base class."""
+        shape = self.use.node._input_metadata[0].shape
+        return self.normalised is None and len(shape) == 2 and shape[0] == self.samples
 
     def squared_norm(self, columns: Columns) -> Tensor:
         """See the base class."""
-        if len(columns.shape) == 2 and columns.shape[0] == self.samples and self.normalised is None:
+        if self.norms_suffice:
             return columns.row_squares.sum()
-        floats = 2 * columns.count * math.prod(columns.shape) // self.samples
-        parts = _slices(self.samples, floats * columns.element_size)
-        return torch.stack([_square_sum(self._gradients(columns, part)) for part in parts]).sum()
+        floats = 2 * math.prod(columns.shape) // self.samples
+        terms = [
+            _square_sum(self._gradients(piece, part))
+            for piece in columns.pieces
+            for part in _slices(self.samples, floats * piece.shape[0] * piece.element_size())
+        ]
+        return torch.stack(terms).sum()
 
-    def _gradients(self, columns: Columns, part: slice) -> Tensor:
-        """g for a slice of the samples: ``[C, n, parameter's axes…]``."""
-        fold_check(columns.shape[0], self.samples, self.use)
-        times = columns.shape[0] // self.samples
+    def _gradients(self, piece: Tensor, part: slice) -> Tensor:
+        """g of some columns ``[c, M, …]`` for a slice of the samples: ``[c, n, parameter's axes…]``."""
+        fold_check(piece.shape[1], self.samples, self.use)
+        times = piece.shape[1] // self.samples
         rows = slice(part.start * times, part.stop * times)
-        d = columns.part(rows)
+        d = wide(piece[:, rows])
         if self.normalised is not None:
             d = d * self.normalised[rows]
         d = d.unflatten(1, (part.stop - part.start, times))
@@ -330,7 +373,7 @@ def linear_weight(use: Use, samples: int) -> Contraction:
         return u[part].transpose(1, 2)[:, None]
 
     def arrange(d: Tensor) -> Tensor:
-        return d.unflatten(1, (-1, u.shape[1])).permute(1, 0, 3, 2).flatten(1, 2)[:, None]
+        return d.flatten(1).unflatten(0, (-1, u.shape[1])).transpose(1, 2)[:, None]
 
     return Outer(use, samples, unfold, arrange, sizes=(1, outputs, x.shape[1], u.shape[1]))
 
@@ -394,8 +437,8 @@ def convolution_weight(use: Use, samples: int) -> Contraction:
         return patches if times == 1 else patches.unflatten(0, (-1, times)).movedim(1, 3).flatten(3, 4)
 
     def arrange(d: Tensor) -> Tensor:
-        d = d.flatten(3).unflatten(2, (groups, outputs)).unflatten(1, (-1, times))  # c n t g o v
-        return d.permute(1, 3, 0, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+        d = d.flatten(3).unflatten(2, (groups, outputs)).unflatten(0, (-1, times))  # n t c g o v
+        return d.permute(0, 3, 2, 4, 1, 5).flatten(4, 5).flatten(2, 3)
 
     return Outer(use, samples, unfold, arrange, sizes=(groups, outputs, inputs, times * math.prod(spatial)))
 
@@ -469,23 +512,14 @@ def _require_unit_scale(use: Use, node: Node) -> None:
 def _patches(
     x: Tensor, kernel: tuple[int, ...], stride: list[int], padding: list[int], dilation: list[int]
 ) -> Tensor:
-    """The patches that a convolution sees: ``[n, channels·Πkernel, v]``."""
-    if len(kernel) == 2:
-        return F.unfold(x, kernel, tuple(dilation), tuple(padding), tuple(stride))
-    if len(kernel) == 1:
-        return F.unfold(x[:, :, None], (1, *kernel), (1, *dilation), (0, *padding), (1, *stride))
-    # Three axes: torch has no unfold, so take a strided view of the padded input.
-    x = F.pad(x, [p for p in reversed(padding) for _ in (0, 1)]).contiguous()
-    places = [
-        (size - d * (k - 1) - 1) // s + 1 for size, k, d, s in zip(x.shape[2:], kernel, dilation, stride, strict=True)
-    ]
-    steps = x.stride()
-    view = x.as_strided(
-        (*x.shape[:2], *kernel, *places),
-        (
-            *steps[:2],
-            *(step * d for step, d in zip(steps[2:], dilation, strict=True)),
-            *(step * s for step, s in zip(steps[2:], stride, strict=True)),
-        ),
-    )
-    return view.reshape(x.shape[0], x.shape[1] * math.prod(kernel), math.prod(places))
+    """The patches that a convolution sees: ``[n, channels·Πkernel, v]``; 1, 2 or 3 spatial axes.
+
+    A copy of overlapping windows takes a fifth of the time of ``F.unfold`` on CPU, and knows any number of axes.
+    """
+    if any(padding):
+        x = F.pad(x, [p for p in reversed(padding) for _ in (0, 1)])
+    for axis, (size, step, spread) in enumerate(zip(kernel, stride, dilation, strict=True)):
+        x = x.unfold(axis + 2, spread * (size - 1) + 1, step)[..., ::spread]  # n channels *places *kernel
+    axes = len(kernel)
+    windows = x.movedim(tuple(range(2 + axes, 2 + 2 * axes)), tuple(range(2, 2 + axes)))
+    return windows.flatten(2 + axes).flatten(1, 1 + axes)

@@ -95,7 +95,8 @@ def hessian_trace(
         columns: ``None``: all K − 1 columns of S, exact. ``r``: the r leading columns of each sample exactly and one
             signed column for the rest: unbiased, and r + 1 backpropagations whatever K is.
         loss: ``"cross_entropy"``, averaged over samples.
-        statistics: BatchNorm's: the ``"running"`` ones, or those of each ``"batch"``, held constant.
+        statistics: BatchNorm's: the ``"running"`` ones, those of each ``"batch"``, or those that a forward pass in the
+            model's present modes uses (``"training"``), always held constant.
         generator: Draws the signs of ``columns=r``; by default a fresh one with a fixed seed, so that the same call
             gives the same numbers.
 
@@ -154,7 +155,7 @@ def weighted_trace(
     batch: Batch,
     weights: Mapping[str, float],  # w_p
     generator: torch.Generator,
-    statistics: Statistics = "batch",
+    statistics: Statistics = "training",
 ) -> Tensor:
     r"""An unbiased, differentiable estimate of Σ_p w_p c_p from one signed column s, E s sᵀ = P.
 
@@ -276,7 +277,11 @@ def _batch_sums(
             def column(start: int, stop: int) -> Tensor:
                 return sampled[start:stop]
 
-        for group, at in enumerate(backpropagate(logits, nodes, count, column)):
+        norms_only = {node: True for node in nodes}
+        for site in sites.values():
+            for use, rule in site:
+                norms_only[use.node] &= len(site) == 1 and rule.norms_suffice
+        for group, at in enumerate(backpropagate(logits, norms_only, count, column)):
             if check and group == 0:
                 _require_samples_first(logits, sites, at, column(0, 1)[0])
             norms = {name: _squared_norm(site, at) for name, site in sites.items()}

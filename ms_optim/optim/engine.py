@@ -145,7 +145,12 @@ class SharpnessAware(Optimizer):
 
         Returns:
             One number per parameter.
+
+        Raises:
+            ValueError: If a schedule has made it negative.
         """
+        for entry in self.param_groups:
+            _require_nonnegative(key, entry[key])
         return [float(entry[key]) for entry in self.param_groups for _ in entry["params"]]
 
     def scales(self, which: Literal["log_scale", "weights", "trace_weights", "pulls"]) -> list[float]:
@@ -197,11 +202,20 @@ class SharpnessAware(Optimizer):
         self._ready = False
         self.batches = []
         before = Snapshot(self)
-        for index, perturbation in enumerate(self.plan()):
-            gradient_pass = GradientPass(self, perturbation, before, first=index == 0)
+        plan, first = self.plan(), True
+        while True:
+            try:
+                perturbation = next(plan)
+            except StopIteration:
+                break
+            except BaseException:
+                before.restore()
+                raise
+            gradient_pass = GradientPass(self, perturbation, before, first)
             yield gradient_pass
             if not gradient_pass.done:
                 raise OptimizerError("a gradient pass was not entered; use `with gradient_pass:` around each backward")
+            first = False
         self.batches = []
         self._ready = True
 
@@ -258,7 +272,7 @@ class SharpnessAware(Optimizer):
         if len(group) == 0:
             self.balance = None
             return None
-        traces = hessian_trace(self.model, batch, self.columns, statistics="batch", generator=self.generator)
+        traces = hessian_trace(self.model, batch, self.columns, statistics="training", generator=self.generator)
         found = balance(self.model, traces, group, self.gauge)
         if self.rebalance == "move":
             t = group.bound(self.model, found.t)

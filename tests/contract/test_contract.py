@@ -477,3 +477,29 @@ def test_what_needs_the_model_says_so():
         ms_optim.MSRegularizedSGD(parameters, rebalance=None)
     ms_optim.SAM(parameters, lr=0.1)
     ms_optim.MSRegularizedSGD(parameters, rebalance=None, gradient="noise")
+
+
+def test_an_error_between_the_passes_restores_buffers_too():
+    class WithoutRule(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.slope, self.head = nn.BatchNorm1d(6), nn.PReLU(), nn.Linear(6, 4)
+
+        def forward(self, x):
+            return self.head(self.slope(self.norm(x)))
+
+    model = WithoutRule()
+    optimizer = ms_optim.MSRegularizedSGD(model, rebalance=None)
+    before = everything(model, optimizer)
+    with pytest.raises(ms_optim.errors.CurvatureError, match="slope.weight"):
+        next(train(model, optimizer, samples(mlp(), 1)))
+    assert same(before, everything(model, optimizer))
+
+
+@every_case
+def test_a_schedule_that_makes_a_setting_negative_is_refused(case: Case):
+    model = mlp()
+    optimizer = case.build(model)
+    optimizer.param_groups[0][next(iter(case.off))] = -1e-3
+    with pytest.raises(ValueError, match="must be >= 0 and finite, got -0.001"):
+        next(train(model, optimizer, samples(model, 1)))

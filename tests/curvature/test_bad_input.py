@@ -233,5 +233,5 @@ def test_wrong_options_are_refused():
         hessian_trace(model, x, columns=-1)
     with pytest.raises(UnsupportedError, match="loss='mse'"):
         hessian_trace(model, x, loss="mse")
-    with pytest.raises(ValueError, match="statistics must be 'running' or 'batch', got 'fresh'"):
+    with pytest.raises(ValueError, match="statistics must be 'running', 'batch' or 'training', got 'fresh'"):
         hessian_trace(model, x, statistics="fresh")

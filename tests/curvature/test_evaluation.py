@@ -117,8 +117,28 @@ def test_gradients_are_on_and_autocast_is_off_inside():
 def test_another_word_for_the_statistics_is_refused_before_anything_is_touched():
     model = network()
     with (
-        pytest.raises(ValueError, match="statistics must be 'running' or 'batch', got 'own'"),
+        pytest.raises(ValueError, match="statistics must be 'running', 'batch' or 'training', got 'own'"),
         evaluation(model, "own"),
     ):
         pass
     assert model.training
+
+
+def test_training_statistics_are_those_of_each_modules_own_mode():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 5), nn.BatchNorm1d(5))
+    for norm in (model[1], model[4]):
+        norm.running_mean.uniform_(-1, 1)
+        norm.running_var.uniform_(0.5, 2)
+    x = torch.randn(16, 4)
+    model.train()
+    model[1].eval()
+    with evaluation(model, "training"):
+        mixed = model(x)
+    with torch.no_grad():
+        reference = copy.deepcopy(model)(x)
+    torch.testing.assert_close(mixed, reference)
+    with evaluation(model, "batch"):
+        assert not torch.allclose(model(x), reference)
+    with evaluation(model, "running"):
+        assert not torch.allclose(model(x), reference)

@@ -86,6 +86,7 @@ def test_with_batch_norm_the_law_holds_up_to_its_epsilon():
         if isinstance(module, nn.BatchNorm2d):
             module.eps = 1e-12
     stream = torch.Generator().manual_seed(0)
-    batches = [(torch.randn(8, 1, 6, 6, generator=stream), torch.randint(0, 4, (8,), generator=stream)) for _ in range(6)]
+    inputs = torch.randn(6, 8, 1, 6, 6, generator=stream)
+    batches = list(zip(inputs, torch.randint(0, 4, (6, 8), generator=stream), strict=True))
     build = lambda net: ms_optim.MSSAM(net, rho=0.05, lr=0.05, momentum=0.9, refresh_every=3)  # noqa: E731
     assert divergence(build, model, batches, std=0.5) < 1e-6

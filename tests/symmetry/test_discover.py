@@ -1,5 +1,7 @@
 """Discovery: the group found is the group declared, and looking for it disturbs nothing."""
 
+from functools import cache
+
 import pytest
 import timm
 import torch

@@ -1,6 +1,7 @@
 """Rules: every operation commutes with the scales its rule gives it, and no rule gives away more than it must."""
 
 import math
+import warnings
 from dataclasses import dataclass
 from functools import cache
 
@@ -23,7 +24,7 @@ class Probe(nn.Module):
         self.function = function
         # Mixed signs, away from zero, and no ties.
         signs = [torch.where(torch.rand(shape) > 0.4, 1.0, -1.0) for shape in shapes]
-        self.parts = nn.ParameterList([nn.Parameter((torch.rand(shape) + 0.5) * s) for shape, s in zip(shapes, signs)])
+        self.parts = nn.ParameterList([nn.Parameter((torch.rand_like(sign) + 0.5) * sign) for sign in signs])
         self.readout = nn.Parameter(torch.rand(()) + 0.5)
 
     def forward(self, x):
@@ -48,12 +49,16 @@ class Found:
 
 @cache
 def found() -> dict[str, Found]:
+    assert not CASES.keys() & (OPAQUE | FIXING).keys()
     functions = [*CASES.items()]
     functions += [(name, (f, (M,), 0)) for name, f in (OPAQUE | FIXING).items()]
     x = torch.tensor(1.7)
     model = Probes(Probe(f, shapes) for _, (f, shapes, _) in functions)
     group = scale_symmetries(model, x)
-    sizes = [probe(x).numel() for probe in model]
+    with warnings.catch_warnings():
+        # scatter(reduce=...) is deprecated, and still an operation to know about.
+        warnings.simplefilter("ignore", UserWarning)
+        sizes = [probe(x).numel() for probe in model]
     outputs = []
     for t in (torch.zeros(len(group)), group.random(0.3)):
         group.rescale_(model, t)
@@ -216,7 +221,11 @@ BINARY = {
     "addcdiv": (torch.addcdiv, (M, M, M), 2),
     "bilinear": (F.bilinear, (M, (3, 5), (2, 4, 5), (2,)), 3),
     "attention": (F.scaled_dot_product_attention, (Q, Q, Q), 2),
-    "attention with scale": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3), (Q, Q, Q), 2),
+    "attention with scale": (
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3),
+        (Q, Q, Q),
+        2,
+    ),
     "attention with mask": (lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, m), (Q, Q, Q, (3, 3)), 2),
     "attention by hand": (lambda q, k, v: (q @ k.mT / 2).softmax(-1) @ v, (Q, Q, Q), 2),
     "layer_norm affine": (lambda x, w, b: F.layer_norm(x, (4,), w, b, eps=0.0), (M, V, V), 2),
@@ -224,7 +233,11 @@ BINARY = {
     "group_norm affine": (lambda x, w, b: F.group_norm(x, 2, w, b, eps=0.0), (X, V, V), 2),
     "rms_norm": (lambda x, w: F.rms_norm(x, (4,), w, eps=1e-300), (M, V), 2),
     "instance_norm affine": (lambda x, w, b: F.instance_norm(x, weight=w, bias=b, eps=0.0), (X, V, V), 2),
-    "batch_norm of the batch": (lambda x, w, b: F.batch_norm(x, None, None, w, b, training=True, eps=1e-300), (X, V, V), 2),
+    "batch_norm of the batch": (
+        lambda x, w, b: F.batch_norm(x, None, None, w, b, training=True, eps=1e-300),
+        (X, V, V),
+        2,
+    ),
 }
 OPAQUE = {
     "gelu": F.gelu,
@@ -236,8 +249,8 @@ OPAQUE = {
     "tanh": torch.tanh,
     "elu": F.elu,
     "softplus": F.softplus,
-    "hardtanh": F.hardtanh,
-    "threshold": lambda x: F.threshold(x, 0.1, 0),
+    "hardtanh at one": F.hardtanh,
+    "threshold at 0.1": lambda x: F.threshold(x, 0.1, 0),
     "clamp": lambda x: x.clamp(-1, 1),
     "round": torch.round,
     "pad with one": lambda x: F.pad(x, (1, 1), value=1.0),
