@@ -60,11 +60,12 @@ def backpropagate(
     Yields:
         Node → its columns, for disjoint groups that together are all of them.
     """
-    kept_nodes = [node for node, norms_only in nodes.items() if not norms_only]
-    size = sum(math.prod(node._input_metadata[0].shape) for node in kept_nodes) * logits.element_size()
-    kept = max(1, _KEPT_BYTES // max(1, size))
-    convolutional = any(operation(node) == "Convolution" for node in nodes)
-    together = kept if logits.is_cuda else min(kept, _CPU_TOGETHER if convolutional else 1)
+    sizes = {node: math.prod(node._input_metadata[0].shape) * logits.element_size() for node in nodes}
+    kept = max(1, _KEPT_BYTES // max(1, sum(size for node, size in sizes.items() if not nodes[node])))
+    if logits.is_cuda:
+        together = max(1, _KEPT_BYTES // max(1, sum(sizes.values())))
+    else:
+        together = _CPU_TOGETHER if any(operation(node) == "Convolution" for node in nodes) else 1
     for first in range(0, count, kept):
         last = min(first + kept, count)
         at = {node: Columns(norms_only=norms_only) for node, norms_only in nodes.items()}
