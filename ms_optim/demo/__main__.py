@@ -31,7 +31,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", nargs="+", choices=keys, default=keys, metavar="NAME", help=", ".join(keys))
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each kind")
     parser.add_argument("--first-seed", type=int, default=0, help="seeds are counted from here")
-    parser.add_argument("--epochs", type=int, default=30, help="epochs of each training")
+    parser.add_argument("--epochs", type=int, default=20, help="epochs of each training")
     parser.add_argument("--scale", type=float, default=2.0, help="standard deviation of t, of the rescaled start")
     parser.add_argument("--label-noise", type=float, default=0.2, help="share of the training labels that are redrawn")
     workers = min(2, os.cpu_count() or 1)

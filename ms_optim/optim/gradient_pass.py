@@ -7,6 +7,7 @@ steps), and rebinding a parameter's storage breaks everything that holds its add
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,21 @@ from ..errors import OptimizerError
 if TYPE_CHECKING:
     from .engine import SharpnessAware
 
-Perturbation = list[Tensor | None] | None
+
+@dataclass(frozen=True)
+class Scaled:
+    """ε_p = f_p d_p, unmultiplied: the products would be a temporary as large as the model.
+
+    Attributes:
+        directions: d, entry by entry; ``None`` where a parameter is not perturbed.
+        factors: f, one number per entry.
+    """
+
+    directions: list[Tensor | None]
+    factors: list[float]
+
+
+Perturbation = Scaled | list[Tensor | None] | None
 
 
 class Snapshot:
@@ -116,12 +131,17 @@ class GradientPass:
         self.perturbation = None
         if perturbation is None:
             return
-        pairs = [(p, e) for p, e in zip(self.optimizer.parameters(), perturbation, strict=True) if e is not None]
-        if pairs:
-            self._weights = [p for p, _ in pairs]
+        if not isinstance(perturbation, Scaled):
+            perturbation = Scaled(perturbation, [1.0] * len(perturbation))
+        parameters = self.optimizer.parameters()
+        pairs = zip(parameters, perturbation.directions, perturbation.factors, strict=True)
+        taken = [(p, d, f) for p, d, f in pairs if d is not None]
+        if taken:
+            self._weights = [p for p, _, _ in taken]
             self._saved = _saved_copies(self._weights, self.optimizer._backup)
             with torch.no_grad():
-                torch._foreach_add_(self._weights, [e for _, e in pairs])
+                for p, d, f in taken:
+                    p.add_(d, alpha=f)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

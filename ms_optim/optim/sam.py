@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from ..errors import NonFiniteWarning
 from .engine import Plan, SharpnessAware
-from .gradient_pass import Perturbation
+from .gradient_pass import Perturbation, Scaled
 
 Metric = list[float] | list[Tensor]
 
@@ -49,25 +49,27 @@ def ascent(
     tensors = [m for m in (metric[i] for i in taking_part) if isinstance(m, Tensor)]
     numbers = [m for m in (metric[i] for i in taking_part) if not isinstance(m, Tensor)]
     with torch.no_grad():
+        # The one synchronisation of a step, `tolist`: a norm that is not finite must not reach the weights.
         if tensors:
             raised = list(torch._foreach_mul(g, tensors))
             squares = torch.stack([torch.sum(a * b, dtype=torch.float64) for a, b in zip(g, raised, strict=True)])
             numbers = [1.0] * len(g)
+            norm = math.sqrt(sum(squares.tolist()))
         else:
             raised = g
-            weights = torch.tensor(numbers, dtype=torch.float64, device=g[0].device)
-            squares = torch.stack(torch._foreach_norm(g)).double().square() * weights
-        # The one synchronisation of a step: a norm that is not finite must not reach the weights.
-        norm = math.sqrt(float(squares.sum()))
+            norms = torch.stack(torch._foreach_norm(g)).tolist()
+            norm = math.sqrt(sum(m * n * n for m, n in zip(numbers, norms, strict=True)))
         if not math.isfinite(norm):
             message = "the gradient norm is not finite; this step goes on without a perturbation"
             warnings.warn(message, NonFiniteWarning, stacklevel=2)
             return None
         if norm == 0.0:
             return None
-        factors = [rho[i] * m / norm for i, m in zip(taking_part, numbers, strict=True)]
-        steps = iter(torch._foreach_mul(raised, factors))
-    return [None if grad is None else next(steps) for grad in grads]
+    directions: list[Tensor | None] = [None] * len(grads)
+    factors = [0.0] * len(grads)
+    for i, direction, m in zip(taking_part, raised, numbers, strict=True):
+        directions[i], factors[i] = direction, rho[i] * m / norm
+    return Scaled(directions, factors)
 
 
 def two_passes(optimizer: SharpnessAware, metric: Callable[[], Metric]) -> Plan:
@@ -83,9 +85,9 @@ def two_passes(optimizer: SharpnessAware, metric: Callable[[], Metric]) -> Plan:
     yield None
     rho = optimizer.setting("rho")
     if any(rho):
-        perturbation = ascent(optimizer.gradients(), metric(), rho)
-        if perturbation is not None:
-            yield perturbation
+        found = [ascent(optimizer.gradients(), metric(), rho)]
+        if found[0] is not None:
+            yield found.pop()  # no reference stays here: the second pass reuses the memory of the first one's gradients
 
 
 class SAM(SharpnessAware):
