@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(
         f"\n{options.seeds} seeds; accuracy is mean ± standard error, Tr H and MS (minimum sharpness) are medians. "
         "Both starts are the same function:\nMS before is equal, and an optimizer that does not depend on the scaling "
-        f"has two equal rows.\n{len(runs)} trainings in {time.perf_counter() - begin:.0f} s; "
+        f"has two rows that differ by rounding only.\n{len(runs)} trainings in {time.perf_counter() - begin:.0f} s; "
         f"figure, table and raw results are in {options.output}/"
     )
 

@@ -66,10 +66,9 @@ def figure(outcomes: Sequence[Outcome], path: Path) -> None:
             cells = [of(outcomes, model, name, start) for name in optimizers]
             means, errors = zip(*(mean_and_error([100 * o.test_accuracy for o in cell]) for cell in cells), strict=True)
             places = [index + offset for index in range(len(cells))]
-            left.errorbar(places, means, errors, fmt="o", color=colour, capsize=4, label=f"{start} start")
+            left.errorbar(places, means, errors, fmt="o", color=colour, capsize=4)
         left.set(title=f"{model}: two starts, one function", ylabel="test accuracy, % (mean ± s.e.)")
-        left.set_xticks(range(len(optimizers)), optimizers)
-        left.legend()
+        left.set_xticks(range(len(optimizers)), optimizers, rotation=15)
 
         # Balanced, the two starts are one network again: crosses on crosses.
         for start, colour, cross in (("usual", "C0", "x"), ("rescaled", "C3", "+")):
@@ -79,6 +78,6 @@ def figure(outcomes: Sequence[Outcome], path: Path) -> None:
             right.plot(names, balanced, cross, markersize=9, color="C2", label=f"{start} start, balanced")
         right.set(title=f"{model}: trace of each layer at the start", ylabel="trace", yscale="log")
         right.tick_params(axis="x", rotation=90)
-        right.legend()
+    canvas.legend(*axes[0, 1].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     canvas.savefig(path, dpi=120)
     pyplot.close(canvas)

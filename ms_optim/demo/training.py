@@ -38,7 +38,7 @@ BASE: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
 # over 30 epochs, with seeds that the demo does not use (100 and up).
 TUNED: dict[str, dict[str, float]] = {
     "mlp": {"SAM": 0.4, "ASAM": 2.0, "MSSAM": 0.4, "MSRegularizedSGD": 0.01},
-    "resnet": {"SAM": 0.4, "ASAM": 2.0, "MSSAM": 0.4, "MSRegularizedSGD": 0.001},
+    "resnet": {"SAM": 0.4, "ASAM": 2.0, "MSSAM": 0.8, "MSRegularizedSGD": 0.001},
 }
 
 OPTIMIZERS: dict[str, Callable[[nn.Module, float], torch.optim.Optimizer]] = {

@@ -212,6 +212,7 @@ class SharpnessAware(Optimizer):
                 before.restore()
                 raise
             gradient_pass = GradientPass(self, perturbation, before, first)
+            del perturbation  # it holds the gradients of the pass before, whose memory this pass can use
             yield gradient_pass
             if not gradient_pass.done:
                 raise OptimizerError("a gradient pass was not entered; use `with gradient_pass:` around each backward")

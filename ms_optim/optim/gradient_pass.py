@@ -140,8 +140,11 @@ class GradientPass:
             self._weights = [p for p, _, _ in taken]
             self._saved = _saved_copies(self._weights, self.optimizer._backup)
             with torch.no_grad():
-                for p, d, f in taken:
-                    p.add_(d, alpha=f)
+                if len({f for _, _, f in taken}) == 1:
+                    torch._foreach_add_(self._weights, [d for _, d, _ in taken], alpha=taken[0][2])
+                else:
+                    for p, d, f in taken:
+                        p.add_(d, alpha=f)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -26,6 +26,8 @@ def loader(root, seed):
 
 
 @pytest.mark.slow
+# timm's tar reader leaves its file to the garbage collector, which says so whenever it comes by.
+@pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
     "build",
     [

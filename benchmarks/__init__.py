@@ -1,0 +1,1 @@
+"""Benchmarks: one script per claim, one harness, one renderer; see README.md beside this file."""

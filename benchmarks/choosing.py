@@ -1,0 +1,157 @@
+r"""Choosing ρ and λ: test accuracy against the one number that an optimizer of the package adds.
+
+Handwritten digits with 20% of the training labels redrawn, the demo's networks, batches and base settings (1,000 images
+for training, 797 held out, 30 epochs, SGD 0.1 with momentum 0.9, weight decay 5e-4, cosine), the same for all.  A value
+is trained from as many seeds as the table says; a seed fixes split, noise, weights and order of batches, so a column is
+paired.  The held-out images are used to *compare values*, not to report an optimizer's accuracy: for that the table of
+the demo has its own seeds.
+
+    python -m benchmarks.choosing            about ten minutes on two cores; writes results/choosing/
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import json
+import multiprocessing
+import statistics
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import ms_optim
+from ms_optim.demo import training
+
+from .harness import RESULTS, Run, environment
+
+LABEL_NOISE = 0.2
+RHO = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
+STRENGTH = (0.0, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+
+Build = Callable[[nn.Module, float], torch.optim.Optimizer]
+SWEEPS: dict[str, tuple[str, tuple[float, ...], Build]] = {
+    "SAM": ("ρ", RHO, lambda model, rho: ms_optim.SAM(model, rho=rho, **training.BASE)),
+    "MSSAM, κ = 0": ("ρ", RHO, lambda model, rho: ms_optim.MSSAM(model, rho=rho, **training.BASE)),
+    "MSSAM, κ = ½": ("ρ", RHO, lambda model, rho: ms_optim.MSSAM(model, rho=rho, gauge=0.5, **training.BASE)),
+    "MSSAM, κ = 1": ("ρ", RHO, lambda model, rho: ms_optim.MSSAM(model, rho=rho, gauge=1.0, **training.BASE)),
+    "MSRegularizedSGD, trace": (
+        "λ",
+        STRENGTH,
+        lambda model, strength: ms_optim.MSRegularizedSGD(model, strength=strength, **training.BASE),
+    ),
+    "MSRegularizedSGD, noise": (
+        "λ",
+        STRENGTH,
+        lambda model, strength: ms_optim.MSRegularizedSGD(model, strength=strength, gradient="noise", **training.BASE),
+    ),
+}
+
+
+def accuracy(job: tuple[str, str, float, int, int]) -> Run:
+    """Train once.
+
+    Args:
+        job: Network, sweep, value, seed, epochs.
+
+    Returns:
+        One line: the job and the accuracy on the held-out images.
+    """
+    network, sweep, value, seed, epochs = job
+    torch.set_num_threads(1)
+    data = training.digits(seed, LABEL_NOISE)
+    torch.manual_seed(seed)
+    model = training.MODELS[network]()
+    optimizer = SWEEPS[sweep][2](model, value)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    for batches in itertools.islice(training.epochs(data, seed), epochs):
+        for x, y in batches:
+            training.step(model, optimizer, x, y)
+        scheduler.step()
+    found = training.accuracy(model, data.x_test, data.y_test)
+    return {"network": network, "sweep": sweep, "value": value, "seed": seed, "test_accuracy": found}
+
+
+def table(described: dict[str, Any], runs: Sequence[Run]) -> str:
+    """Mean ± standard error per value, the best of each row in bold.
+
+    Args:
+        described: Where the runs were made.
+        runs: All lines.
+
+    Returns:
+        Markdown.
+    """
+    lines = [
+        f"# {str(__doc__).splitlines()[0]}",
+        "",
+        f"`python -m benchmarks.choosing`: {described['date']}, torch {described['torch']}. Test accuracy in per cent, "
+        "mean ± standard error over the seeds; the best value of a row in bold.",
+    ]
+    for symbol in ("ρ", "λ"):
+        values = sorted({run["value"] for run in runs if SWEEPS[run["sweep"]][0] == symbol})
+        if not values:
+            continue
+        lines += ["", f"| network | optimizer | {' | '.join(f'{symbol} = {value:g}' for value in values)} | seeds |"]
+        lines += ["| --- | --- |" + " --- |" * (len(values) + 1)]
+        for network, sweep in dict.fromkeys((run["network"], run["sweep"]) for run in runs):
+            if SWEEPS[sweep][0] != symbol:
+                continue
+            cells, means = [], []
+            for value in values:
+                key = (network, sweep, value)
+                found = [100 * r["test_accuracy"] for r in runs if (r["network"], r["sweep"], r["value"]) == key]
+                error = statistics.stdev(found) / len(found) ** 0.5 if len(found) > 1 else float("nan")
+                means.append(statistics.fmean(found))
+                cells.append(f"{means[-1]:.1f} ± {error:.1f}")
+            best = max(range(len(means)), key=means.__getitem__)
+            cells[best] = f"**{cells[best]}**"
+            lines.append(f"| {network} | {sweep} | {' | '.join(cells)} | {len(found)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Sweep, write, and print the table.
+
+    Args:
+        arguments: Of the command line; ``None``: the process's own.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", choices=["cpu", "smoke"], default="cpu", help="smoke: tiny, to see that it runs")
+    parser.add_argument("--workers", type=int, default=2, help="processes; 0 trains in this one")
+    parser.add_argument("--out", type=Path, help="folder of results/<claim>/ (default: here for cpu, none for smoke)")
+    options = parser.parse_args(arguments)
+    smoke = options.scale == "smoke"
+    seeds = {"mlp": 1 if smoke else 4, "resnet": 0 if smoke else 2}
+    jobs = [
+        (network, sweep, value, seed, 1 if smoke else 30)
+        for network, count in seeds.items()
+        for sweep, (_, values, _) in SWEEPS.items()
+        for value in (values[3:4] if smoke else values)
+        for seed in range(count)
+    ]
+    described = environment(threads=1)
+    if options.workers == 0:
+        runs = [accuracy(job) for job in jobs]
+    else:
+        # Not by fork: a process forked after torch has started its threads can hang.
+        with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn")) as pool:
+            runs = list(pool.map(accuracy, jobs))
+    text = table(described, runs)
+    out = options.out or (None if smoke else RESULTS)
+    if out is not None:
+        folder = out / "choosing" / f"{datetime.date.today()}_cpu"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "environment.json").write_text(json.dumps(described, indent=2) + "\n")
+        (folder / "runs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
+        (folder.parent / "table.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

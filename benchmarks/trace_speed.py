@@ -1,0 +1,119 @@
+r"""The exact trace of every layer costs a few forward and backward passes.
+
+Method: see :mod:`benchmarks.harness`.  Batch of 256 random images, cross-entropy, float32; everything is divided by one
+forward and backward pass of the training loss on the same batch.  "Exact" is all K − 1 = 9 columns, ``columns=2`` two
+exact ones and one signed.  Included in both: the forward pass, reading the graph, and the checks of the input.
+
+For comparison: BackPACK's exact diagonal of the Gauss-Newton matrix (``DiagGGNExact``, which holds the same traces in
+more detail, and the gradient besides), and the algorithm of arXiv 2106.12612, section 4, K + 1 backward passes for each
+sample (``ms_optim.reference.curvature.paper_traces``).
+
+Goals: exact at most 3.5 passes on the MLP and 8 on LeNet, ``columns=2`` at most 2.5 on both.  No tolerance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ms_optim import hessian_trace, models
+from ms_optim.reference.curvature import paper_traces
+
+from . import harness
+from .harness import Claim, Contender, Run
+
+PASS = "forward + backward"
+BACKPACK = "BackPACK DiagGGNExact"
+PAPER = "K + 1 backward passes per sample"
+
+CLAIMS = [
+    claim
+    for network, goal in (("mlp", 3.5), ("lenet", 8.0))
+    for claim in (
+        Claim(network, "exact trace, in forward + backward passes", "exact", PASS, goal),
+        Claim(network, "`columns=2`", "columns=2", PASS, 2.5),
+        Claim(network, "BackPACK's exact GGN diagonal", BACKPACK, PASS),
+        Claim(network, "the paper's algorithm, K + 1 passes per sample", PAPER, PASS),
+    )
+]
+
+
+def training_pass(model: nn.Module, x: Tensor, y: Tensor) -> Contender:
+    """One forward and backward pass of the training loss."""
+
+    def run() -> None:
+        model.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+
+    return run
+
+
+def backpack_diagonal(model: nn.Sequential, x: Tensor, y: Tensor) -> Contender | None:
+    """BackPACK's exact Gauss-Newton diagonal of a copy of the network; ``None`` where it is not installed."""
+    try:
+        from backpack import backpack, extend  # type: ignore[import-not-found, unused-ignore]
+        from backpack.extensions import DiagGGNExact  # type: ignore[import-not-found, unused-ignore]
+    except ImportError:
+        return None
+    model = extend(model)
+    loss = extend(nn.CrossEntropyLoss())
+
+    def run() -> None:
+        model.zero_grad()
+        with backpack(DiagGGNExact()):
+            loss(model(x), y).backward()
+        for parameter in model.parameters():
+            del parameter.diag_ggn_exact
+
+    return run
+
+
+def measure(scale: str) -> list[Run]:
+    """All runs.
+
+    Args:
+        scale: ``"cpu"`` or ``"smoke"``.
+
+    Returns:
+        The lines.
+    """
+    full = scale == "cpu"
+    builders: dict[str, Callable[[], nn.Sequential]] = {
+        "mlp": models.mlp if full else models.small_fcnn,
+        "lenet": models.lenet if full else models.small_cnn,
+    }
+    rounds = {"mlp": 150, "lenet": 25} if full else {"mlp": 2, "lenet": 2}
+    runs: list[Run] = []
+    for network, build in builders.items():
+        torch.manual_seed(0)
+        model, other = build(), build()
+        x, y = torch.randn(256 if full else 4, 1, 28, 28), torch.randint(0, 10, (256 if full else 4,))
+        contenders: dict[str, Contender] = {
+            PASS: training_pass(model, x, y),
+            "exact": lambda model=model, x=x: hessian_trace(model, x),
+            "columns=2": lambda model=model, x=x: hessian_trace(model, x, columns=2),
+            PAPER: lambda model=model, x=x: paper_traces(model, x),
+        }
+        peer = backpack_diagonal(other, x, y)
+        if peer is None:
+            runs.append(harness.missing(network, BACKPACK))
+        else:
+            contenders[BACKPACK] = peer
+        runs += harness.paired(network, contenders, rounds[network], slow={PAPER: 1})
+    return runs
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """See the module's docstring.
+
+    Args:
+        arguments: Of the command line; ``None``: the process's own.
+    """
+    harness.main(str(__doc__), "trace_speed", measure, arguments)
+
+
+if __name__ == "__main__":
+    main()
