@@ -9,8 +9,8 @@ JOBS ?= 2
 # and results do not depend on the machine's number of cores.
 PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(JOBS) --dist worksteal -q
 
-# The lower bounds of setup.cfg, as pins; torchvision's release follows torch's.
-OLDEST_PINS = $(shell sed -n 's/^ *\(torch\|timm\|numpy\|scipy\|scikit-learn\|matplotlib\)>=\([0-9.]*\).*/\1==\2.*/p' setup.cfg) torchvision==0.21.*
+# The lower bounds of setup.cfg's install_requires, as pins; torchvision's release follows torch's.
+OLDEST_PINS = $(shell sed -n 's/^ *\(torch\|timm\|numpy\|scipy\)>=\([0-9.]*\).*/\1==\2.*/p' setup.cfg) torchvision==0.21.*
 
 .PHONY: demo test test-all test-oldest lint types clean
 

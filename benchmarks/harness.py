@@ -3,7 +3,8 @@ r"""How everything here is measured: paired rounds, ratios within a round, the m
 *Time.*  A round runs every contender once, in random order, so that whatever else the machine does in these seconds
 meets all of them.  The ratio of a contender to its reference is taken within each round and only then summarised:
 median [first quartile, third quartile] (n rounds).  Contenders run twice before the first round, which pays for
-allocation, discovery and a first refresh.  A slow contender may sit out the later rounds; its n says so.
+allocation, discovery and a first refresh.  A slow contender may sit out the later rounds and the warming up; its n
+says so.  Rounds end early when their time is spent, for one machine is slower than another, or busy.
 
 *Memory.*  The peak resident set of a process of its own (``getrusage``, ``ru_maxrss``), which contains the interpreter,
 torch and everything the process did.
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -96,6 +98,7 @@ def paired(
     rounds: int,
     seed: int = 0,
     slow: Mapping[str, int] | None = None,
+    budget: float = math.inf,
 ) -> list[Run]:
     """Time contenders against each other.
 
@@ -104,7 +107,8 @@ def paired(
         contenders: Name → what to time.
         rounds: The number of rounds.
         seed: Of the order within the rounds.
-        slow: Name → the number of rounds that a slow contender takes part in; it is warmed up once.
+        slow: Name → the number of rounds that a slow contender takes part in; it is not warmed up.
+        budget: Seconds, warming up included, after which no further round begins; the first three always do.
 
     Returns:
         One line per contender and round; one line with ``failed`` for a contender that raised.
@@ -112,14 +116,17 @@ def paired(
     order, slow = random.Random(seed), slow or {}
     runs: list[Run] = []
     alive = dict(contenders)
+    began = time.perf_counter()
     for name, contender in contenders.items():
         try:
-            for _ in range(1 if name in slow else 2):
+            for _ in range(0 if name in slow else 2):
                 contender()
         except Exception as error:  # noqa: BLE001 - a peer that fails is a result, and says how
             runs.append({"network": network, "contender": name, "failed": f"{type(error).__name__}: {error}"[:200]})
             del alive[name]
     for index in range(rounds):
+        if index >= 3 and time.perf_counter() - began > budget:
+            break
         names = [name for name in alive if index < slow.get(name, rounds)]
         order.shuffle(names)
         for name in names:

@@ -134,7 +134,7 @@ def on_mlp(full: bool) -> list[Run]:
         runs.append(harness.missing("mlp", PEER))
     else:
         contenders[PEER] = peer
-    return runs + harness.paired("mlp", contenders, 15 if full else 2)
+    return runs + harness.paired("mlp", contenders, 15 if full else 2, budget=100)
 
 
 def on_resnet(full: bool) -> list[Run]:
@@ -155,7 +155,7 @@ def on_resnet(full: bool) -> list[Run]:
         "MSSAM[move]": closures(optimizer, balanced, x, y, 1),
         REFRESH: lambda: optimizer.refresh(x),
     }
-    return harness.paired("resnet18", contenders, 6 if full else 2)
+    return harness.paired("resnet18", contenders, 6 if full else 2, budget=120)
 
 
 def measure(scale: str) -> list[Run]:

@@ -102,7 +102,7 @@ def measure(scale: str) -> list[Run]:
             runs.append(harness.missing(network, BACKPACK))
         else:
             contenders[BACKPACK] = peer
-        runs += harness.paired(network, contenders, rounds[network], slow={PAPER: 1})
+        runs += harness.paired(network, contenders, rounds[network], slow={PAPER: 1}, budget=75)
     return runs
 
 

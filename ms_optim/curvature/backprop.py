@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from ..errors import CurvatureError
-from .layers import Columns
+from .contraction import Columns
 from .tape import Node, Use, operation
 
 # δ of as many columns as fit in this are kept for one contraction; one column is kept whatever its size.

@@ -25,8 +25,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..batch import Batch, batches, class_logits
 from ..errors import CurvatureError, DataError, UnsupportedError
 from .backprop import backpropagate, deltas, require_separate_samples
+from .contraction import Broadcast, Columns, Contraction
 from .evaluation import Statistics, evaluation
-from .layers import Broadcast, Columns, Contraction, contraction
+from .layers import contraction
 from .logit_factor import exact_columns, probe, sampled_columns
 from .tape import Node, Tape, Use, read_tape
 

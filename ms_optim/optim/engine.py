@@ -22,6 +22,7 @@ Source: the passes form generalises IVON's context manager; the refresh is arXiv
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from abc import abstractmethod
@@ -37,6 +38,7 @@ from ..batch import Batch
 from ..curvature import hessian_trace
 from ..errors import NoEffectWarning, OptimizerError, StateError, UnsupportedError
 from ..symmetry import ScaleGroup, scale_symmetries
+from ..symmetry.optimizer_state import STATE_EXPONENTS
 from .gradient_pass import GradientPass, Perturbation, Snapshot
 
 Rebalance = Literal["move", "metric"] | None
@@ -64,7 +66,8 @@ class SharpnessAware(Optimizer):
 
     Raises:
         OptimizerError: If a parameter is not the model's, or a model is needed and missing.
-        UnsupportedError: If the model is wrapped for data parallelism or compilation, or ``maximize`` is set.
+        UnsupportedError: If the model is wrapped for data parallelism or compilation, ``maximize`` is set, the base
+            optimizer calls the closure itself (LBFGS), or ``"move"`` cannot rescale its state.
         ValueError: If a number is out of its range.
     """
 
@@ -90,6 +93,11 @@ class SharpnessAware(Optimizer):
         else:
             params = list(model_or_params)
         _require_plain_model(model)
+        if isinstance(base, Optimizer):
+            raise OptimizerError(
+                f"base is an instance of {type(base).__name__}; pass the class, torch.optim.{type(base).__name__}, and "
+                "its arguments (lr=...) beside it"
+            )
         _require_range(settings, rebalance, refresh_every, columns, gauge)
         if rebalance is not None and model is None:
             raise OptimizerError(
@@ -114,6 +122,9 @@ class SharpnessAware(Optimizer):
         self._constructed = False
         super().__init__(params, dict(settings))
         self.base = base(self.param_groups, **options)
+        _require_known_base(self.base, rebalance)
+        # OneCycleLR and its like look here for the momentum that they drive.
+        self.defaults = {**self.base.defaults, **settings}
         self._share()
         self._constructed = True
         for entry in self.param_groups:
@@ -261,18 +272,34 @@ class SharpnessAware(Optimizer):
             The balance, also kept as ``optimizer.balance``; ``None`` if the model has no symmetry to use.
 
         Raises:
-            OptimizerError: If the optimizer has no model.
+            OptimizerError: If the optimizer has no model, or a gradient pass is open, whose weights may be perturbed.
         """
         if self.model is None:
             raise OptimizerError("refresh needs the network's graph; pass the model when building the optimizer")
+        if self._pass is not None and not self._refreshing:
+            raise OptimizerError(
+                "refresh was called inside a gradient pass, where the weights may be perturbed and are put back "
+                "afterwards; call it before passes()"
+            )
         batch = Batch.of(inputs, self.model)
         if self.group is None:
             self.group = scale_symmetries(self.model, batch)
         group = self._subgroup(self.group)
-        self._due = self.refresh_every
         if len(group) == 0:
-            self.balance = None
+            self._due, self.balance = self.refresh_every, None
             return None
+        stream = self.generator.get_state()
+        try:
+            found = self._move_to_representative(batch, group)
+        except BaseException:
+            self.generator.set_state(stream)
+            raise
+        self._due, self.balance = self.refresh_every, found
+        return found
+
+    def _move_to_representative(self, batch: Batch, group: ScaleGroup) -> Balance:
+        """Trace, solve, and with ``"move"`` rescale."""
+        assert self.model is not None
         traces = hessian_trace(self.model, batch, self.columns, statistics="training", generator=self.generator)
         found = balance(self.model, traces, group, self.gauge)
         if self.rebalance == "move":
@@ -280,7 +307,6 @@ class SharpnessAware(Optimizer):
             found = found if torch.equal(t, found.t) else found.at(t)
             group.rescale_(self.model, t, self.base)
             found = found.moved()
-        self.balance = found
         return found
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -295,8 +321,10 @@ class SharpnessAware(Optimizer):
         if not self._constructed:
             super().add_param_group(param_group)
             return
-        for key, value in self._settings.items():
-            param_group.setdefault(key, value)
+        given = param_group["params"]
+        # A generator can be read once; torch reads it after us. (A set stays one: torch refuses it.)
+        params = given if isinstance(given, (Tensor, set)) else list(given)
+        param_group = {**self._settings, **param_group, "params": params}
         self._check_group(param_group)
         self.base.add_param_group(param_group)
         self._share()
@@ -313,6 +341,7 @@ class SharpnessAware(Optimizer):
             "parameters": self._signature(),
             "steps": self.steps,
             "due": self._due,
+            "representative": [self.rebalance, self.gauge],
             "generator": self.generator.get_state(),
             "balance": None if self.balance is None else self.balance.state(),
         }
@@ -320,6 +349,10 @@ class SharpnessAware(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` wrote; all of it is checked before any of it is taken.
+
+        ``rebalance``, ``gauge`` and ``refresh_every`` stay those of this optimizer: where it goes to another
+        representative than the one that was saved, the next step begins with a refresh. The random stream is not taken
+        from another kind of device.
 
         Args:
             state_dict: The state.
@@ -341,12 +374,32 @@ class SharpnessAware(Optimizer):
         theirs, ours = own["parameters"], self._signature()
         if theirs != ours:
             raise StateError(f"the state_dict belongs to other parameters: {_first_difference(theirs, ours)}")
-        restored = None if own["balance"] is None else Balance.from_state(own["balance"])
+        restored, due = None, 0
+        if list(own["representative"]) == [self.rebalance, self.gauge]:
+            restored = None if own["balance"] is None else Balance.from_state(own["balance"])
+            due = min(int(own["due"]), self.refresh_every)
+        stream = own["generator"].cpu()
         self.base.load_state_dict({key: value for key, value in state_dict.items() if key != "ms_optim"})
         self._share()
-        self.generator.set_state(own["generator"].cpu())
-        self.steps, self._due, self.balance = int(own["steps"]), int(own["due"]), restored
+        if stream.numel() == self.generator.get_state().numel():
+            self.generator.set_state(stream)
+        self.steps, self._due, self.balance = int(own["steps"]), due, restored
         self._ready = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but what torch leaves out, too: hooks, and the ``step`` that a scheduler has wrapped."""
+        if self._pass is not None:
+            raise OptimizerError("an optimizer was copied inside a gradient pass; leave the pass first")
+        kept = {k: v for k, v in vars(self).items() if k != "step" and not k.startswith("_optimizer_")}
+        return {**kept, "_backup": []}
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What GradScaler asks for before it calls :meth:`step`, and the only moment at which we can see it."""
+        raise UnsupportedError(
+            f"{type(self).__name__} does not support GradScaler yet (what it adds to the gradient is not scaled, and an "
+            "overflow in the first pass goes unseen); train in float32, without the scaler"
+        )
 
     def _share(self) -> None:
         """One list of groups and one state for both optimizers: torch replaces them on loading."""
@@ -373,7 +426,8 @@ class SharpnessAware(Optimizer):
             return
         known = {id(p) for p in self.model.parameters()}
         given = entry["params"]
-        for i, p in enumerate([given] if isinstance(given, Tensor) else list(given)):
+        for i, entry_or_named in enumerate([given] if isinstance(given, Tensor) else list(given)):
+            p = entry_or_named[1] if isinstance(entry_or_named, tuple) else entry_or_named
             if id(p) not in known:
                 raise OptimizerError(
                     f"parameter {i} of the group, of shape {tuple(p.shape)}, is not one of "
@@ -420,12 +474,30 @@ class SharpnessAware(Optimizer):
 
 
 def _require_plain_model(model: nn.Module | None) -> None:
-    """Refuse wrappers that the engine does not handle yet."""
+    """Refuse what is no model, and wrappers that the engine does not handle yet."""
+    if model is not None and not isinstance(model, nn.Module):
+        raise OptimizerError(f"model is a {type(model).__name__}; pass the torch.nn.Module that owns the parameters")
     wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
     if isinstance(model, wrappers) or getattr(model, "_orig_mod", None) is not None:
         raise UnsupportedError(
             f"a model wrapped in {type(model).__name__} is not supported yet; build the optimizer with the module "
             "inside it and train that"
+        )
+
+
+def _require_known_base(base: Optimizer, rebalance: Rebalance) -> None:
+    """Refuse at once what would fail at the first descent, or at the first refresh with state."""
+    closure = inspect.signature(base.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise UnsupportedError(
+            f"{type(base).__name__} evaluates the closure itself, so it cannot descend along a gradient that was taken "
+            "elsewhere; use torch.optim.SGD or another first-order optimizer"
+        )
+    if rebalance == "move" and type(base) not in STATE_EXPONENTS:
+        supported = ", ".join(kind.__name__ for kind in STATE_EXPONENTS)
+        raise UnsupportedError(
+            f"rebalance='move' rescales the base optimizer's state, and it is not known how that of "
+            f"{type(base).__name__} moves with a parameter's scale; use {supported}, or rebalance='metric'"
         )
 
 

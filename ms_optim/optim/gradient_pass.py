@@ -112,6 +112,16 @@ class GradientPass:
         if self.done or optimizer._pass is not None:
             raise OptimizerError("a gradient pass is entered once, and one at a time; take the next from passes()")
         optimizer._pass = self
+        try:
+            self._begin()
+        except BaseException as error:  # out of memory, say: an open pass and a hook must not outlive it
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
+        return self
+
+    def _begin(self) -> None:
+        """Zero the gradients, keep the buffers, perturb."""
+        optimizer = self.optimizer
         for p in optimizer.parameters():
             p.grad = None
         if optimizer.model is not None and self.first:
@@ -123,7 +133,6 @@ class GradientPass:
             self._buffers = [(buffer, buffer.detach().clone()) for buffer in optimizer.model.buffers()]
         if not (callable(self.perturbation) and self.first and optimizer.refresh_due):
             self.perturb()
-        return self
 
     def perturb(self) -> None:
         """Add the perturbation, once, keeping what was there."""

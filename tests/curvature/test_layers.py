@@ -5,9 +5,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ms_optim.curvature import contraction as contractions
 from ms_optim.curvature import layers
 from ms_optim.curvature.backprop import deltas, require_separate_samples
-from ms_optim.curvature.layers import Columns, contraction, curvature_rule, wide
+from ms_optim.curvature.contraction import Columns, wide
+from ms_optim.curvature.layers import contraction, curvature_rule
 from ms_optim.curvature.tape import read_tape
 from ms_optim.errors import CurvatureError
 
@@ -96,7 +98,7 @@ def test_gradients_of_a_rule_are_those_of_autograd(case, monkeypatch):
         torch.testing.assert_close(rule.gradients(at), expected, rtol=1e-10, atol=1e-12)
         squares = expected.square().sum()
         torch.testing.assert_close(rule.squared_norm(at), squares, rtol=1e-12, atol=0.0)
-        monkeypatch.setattr(layers, "_CHUNK_BYTES", 1)  # one sample at a time
+        monkeypatch.setattr(contractions, "_CHUNK_BYTES", 1)  # one sample at a time
         torch.testing.assert_close(rule.squared_norm(at), squares, rtol=1e-12, atol=0.0)
 
 
@@ -116,7 +118,8 @@ def test_direct_and_gram_routes_agree(case, monkeypatch):
 
 def test_the_cheaper_route_is_taken(monkeypatch):
     products = []
-    monkeypatch.setattr(layers, "_square_sum", lambda tensor: products.append(tensor.shape) or tensor.square().sum())
+    square_sum = lambda tensor: products.append(tensor.shape) or tensor.square().sum()  # noqa: E731
+    monkeypatch.setattr(contractions, "_square_sum", square_sum)
     for positions, outputs, direct in ((30, 2, True), (2, 30, False)):
         x, w = torch.randn(N, positions, outputs, requires_grad=True), nn.Parameter(torch.randn(outputs, outputs))
         logits = F.linear(x, w).mean(1)
@@ -148,7 +151,7 @@ def test_a_rule_can_be_registered_for_a_new_operation(monkeypatch):
 
     @curvature_rule(("Mul", 1))
     def layer_scale(use, samples):
-        return layers.Reduced(use, samples, axes=(1,), normalised=use.node._saved_self)
+        return contractions.Reduced(use, samples, axes=(1,), normalised=use.node._saved_self)
 
     x, gamma = torch.randn(N, 3, requires_grad=True), nn.Parameter(torch.randn(3))
     logits = x * gamma

@@ -14,7 +14,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from zoo import ZOO
 
-from ms_optim.curvature import backprop, hessian_trace, layers, trace
+from ms_optim.curvature import backprop, hessian_trace, trace
+from ms_optim.curvature import contraction as contractions
 from ms_optim.errors import CurvatureError
 from ms_optim.reference import curvature as oracle
 
@@ -87,7 +88,7 @@ def test_gram_route_chunks_and_groups_of_columns_change_nothing(monkeypatch):
     x = torch.randn(3, 2, 6, 6)
     expected = oracle.gauss_newton_traces(model, x)
     assert_same(hessian_trace(model, x), expected)
-    monkeypatch.setattr(layers, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(contractions, "_CHUNK_BYTES", 1)
     assert_same(hessian_trace(model, x), expected)
     monkeypatch.setattr(trace, "_WHOLE_FACTOR", 0)
     monkeypatch.setattr(backprop, "_KEPT_BYTES", 1)
