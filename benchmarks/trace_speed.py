@@ -6,7 +6,7 @@ exact ones and one signed.  Included in both: the forward pass, reading the grap
 
 For comparison: BackPACK's exact diagonal of the Gauss-Newton matrix (``DiagGGNExact``, which holds the same traces in
 more detail, and the gradient besides), and the algorithm of arXiv 2106.12612, section 4, K + 1 backward passes for each
-sample (``ms_optim.reference.curvature.paper_traces``).
+sample (``ms_optim.reference.curvature.paper_traces``; it goes sample by sample, so an eighth of the batch is measured).
 
 Goals: exact at most 3.5 passes on the MLP and 8 on LeNet, ``columns=2`` at most 2.5 on both.  No tolerance.
 """
@@ -27,7 +27,7 @@ from .harness import Claim, Contender, Run
 
 PASS = "forward + backward"
 BACKPACK = "BackPACK DiagGGNExact"
-PAPER = "K + 1 backward passes per sample"
+PAPER = "K + 1 backward passes per sample, an eighth of the batch"
 
 CLAIMS = [
     claim
@@ -36,7 +36,7 @@ CLAIMS = [
         Claim(network, "exact trace, in forward + backward passes", "exact", PASS, goal),
         Claim(network, "`columns=2`", "columns=2", PASS, 2.5),
         Claim(network, "BackPACK's exact GGN diagonal", BACKPACK, PASS),
-        Claim(network, "the paper's algorithm, K + 1 passes per sample", PAPER, PASS),
+        Claim(network, "the paper's algorithm, K + 1 passes per sample", {PAPER: 8.0}, PASS),
     )
 ]
 
@@ -95,7 +95,7 @@ def measure(scale: str) -> list[Run]:
             PASS: training_pass(model, x, y),
             "exact": lambda model=model, x=x: hessian_trace(model, x),
             "columns=2": lambda model=model, x=x: hessian_trace(model, x, columns=2),
-            PAPER: lambda model=model, x=x: paper_traces(model, x),
+            PAPER: lambda model=model, x=x: paper_traces(model, x[: max(1, len(x) // 8)]),
         }
         peer = backpack_diagonal(other, x, y)
         if peer is None:

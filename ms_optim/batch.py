@@ -172,7 +172,8 @@ def batches(data: Any, model: nn.Module) -> Iterator[Batch]:
         The batches, in order.
 
     Raises:
-        DataError: If data is a Dataset (its elements are samples), not iterable, or empty.
+        DataError: If data is a Dataset (its elements are samples), one batch as a list (a DataLoader's element), not
+            iterable, or empty.
     """
     if isinstance(data, Dataset):
         raise DataError(
@@ -182,6 +183,11 @@ def batches(data: Any, model: nn.Module) -> Iterator[Batch]:
     if isinstance(data, (Tensor, Batch, tuple, Mapping)):
         yield Batch.of(data, model)
         return
+    if isinstance(data, list) and _looks_like_one_batch(data):
+        raise DataError(
+            f"data is a list of inputs {tuple(data[0].shape)} and integers {tuple(data[1].shape)}, which looks like "
+            "one batch with its targets, but a list is read as a batch per element; pass tuple(data), or the inputs"
+        )
     if not isinstance(data, Iterable):
         raise DataError(f"data is a {type(data).__name__}; pass inputs [N, ...] or an iterable of batches")
     count = 0
@@ -190,6 +196,15 @@ def batches(data: Any, model: nn.Module) -> Iterator[Batch]:
         yield Batch.of(example, model)
     if count == 0:
         raise DataError(f"data ({type(data).__name__}) holds no batch; is the loader empty or already used up?")
+
+
+def _looks_like_one_batch(data: list[Any]) -> bool:
+    """Whether a list is ``[inputs, targets]``, as a DataLoader yields it: its targets would be measured as inputs."""
+    if len(data) != 2 or not all(isinstance(part, Tensor) for part in data):
+        return False
+    inputs, targets = data
+    integer = not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool)
+    return integer and targets.ndim == 1 and inputs.ndim >= 2 and len(inputs) == len(targets)
 
 
 def peek(data: Any, model: nn.Module) -> tuple[Batch, Any]:
@@ -206,4 +221,6 @@ def peek(data: Any, model: nn.Module) -> tuple[Batch, Any]:
         stream = batches(data, model)
         first = next(stream)
         return first, itertools.chain([first], stream)
-    return next(batches(data, model)), data
+    # A loader draws from torch's global stream when iteration starts; looking ahead must not be seen there.
+    with torch.random.fork_rng(devices=[]):
+        return next(batches(data, model)), data

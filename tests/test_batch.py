@@ -165,6 +165,7 @@ def test_data_are_read_as_batches(data, count):
         ([], "list.*holds no batch"),
         (iter(()), "tuple_iterator.*holds no batch"),
         (DataLoader(TensorDataset(torch.zeros(0, 2))), "DataLoader.*holds no batch"),
+        ([torch.zeros(3, 2), torch.tensor([0, 1, 2])], r"inputs \(3, 2\) and integers \(3,\).*pass tuple\(data\)"),
         (3.0, "data is a float"),
         (None, "data is a NoneType"),
     ],
@@ -189,3 +190,12 @@ def test_peeking_into_nothing_is_refused():
     for data in ([], iter([])):
         with pytest.raises(DataError, match="holds no batch"):
             peek(data, Positional())
+
+
+def test_measuring_on_a_shuffling_loader_leaves_the_random_stream_alone():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    loader = DataLoader(TensorDataset(torch.randn(8, 3)), batch_size=4, shuffle=True)
+    before = torch.get_rng_state()
+    ms_optim.minimum_sharpness(model, loader)
+    assert torch.equal(before, torch.get_rng_state())

@@ -257,6 +257,12 @@ def _check_group(parameters: Mapping[str, nn.Parameter], group: ScaleGroup) -> N
             f"{_names(set(group.parameters) - parameters.keys())} only in the group; "
             "rebuild the group with scale_symmetries(model, example_inputs)"
         )
+    for name, expected in zip(group.parameters, group.shapes, strict=False):
+        if tuple(parameters[name].shape) != expected:
+            raise BalanceError(
+                f"the group is not this model's: parameter {name} has shape {tuple(parameters[name].shape)}, and "
+                f"{expected} in the group; rebuild the group with scale_symmetries(model, example_inputs)"
+            )
 
 
 def _read_traces(traces: Mapping[str, float], group: ScaleGroup) -> Vector:

@@ -22,8 +22,6 @@ Source: the passes form generalises IVON's context manager; the refresh is arXiv
 
 from __future__ import annotations
 
-import inspect
-import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -38,10 +36,16 @@ from ..batch import Batch
 from ..curvature import hessian_trace
 from ..errors import NoEffectWarning, OptimizerError, StateError, UnsupportedError
 from ..symmetry import ScaleGroup, scale_symmetries
-from ..symmetry.optimizer_state import STATE_EXPONENTS
 from .gradient_pass import GradientPass, Perturbation, Snapshot
+from .requirements import (
+    Rebalance,
+    first_difference,
+    require_known_base,
+    require_nonnegative,
+    require_plain_model,
+    require_range,
+)
 
-Rebalance = Literal["move", "metric"] | None
 Plan = Generator[Perturbation | Callable[[], Perturbation], None, None]
 
 _STATE_VERSION = 1
@@ -92,13 +96,13 @@ class SharpnessAware(Optimizer):
             model, params = model_or_params, list(model_or_params.parameters())
         else:
             params = list(model_or_params)
-        _require_plain_model(model)
+        require_plain_model(model)
         if isinstance(base, Optimizer):
             raise OptimizerError(
                 f"base is an instance of {type(base).__name__}; pass the class, torch.optim.{type(base).__name__}, and "
                 "its arguments (lr=...) beside it"
             )
-        _require_range(settings, rebalance, refresh_every, columns, gauge)
+        require_range(settings, rebalance, refresh_every, columns, gauge)
         if rebalance is not None and model is None:
             raise OptimizerError(
                 f"rebalance={rebalance!r} needs the network's graph; pass the model as the first argument, or model= "
@@ -122,7 +126,7 @@ class SharpnessAware(Optimizer):
         self._constructed = False
         super().__init__(params, dict(settings))
         self.base = base(self.param_groups, **options)
-        _require_known_base(self.base, rebalance)
+        require_known_base(self.base, rebalance)
         # OneCycleLR and its like look here for the momentum that they drive.
         self.defaults = {**self.base.defaults, **settings}
         self._share()
@@ -161,7 +165,7 @@ class SharpnessAware(Optimizer):
             ValueError: If a schedule has made it negative.
         """
         for entry in self.param_groups:
-            _require_nonnegative(key, entry[key])
+            require_nonnegative(key, entry[key])
         return [float(entry[key]) for entry in self.param_groups for _ in entry["params"]]
 
     def scales(self, which: Literal["log_scale", "weights", "trace_weights", "pulls"]) -> list[float]:
@@ -199,7 +203,8 @@ class SharpnessAware(Optimizer):
     def passes(self) -> Iterator[GradientPass]:
         """The gradient passes of one step, each a context in which to run forward and backward.
 
-        Gradients start from zero in each; several backward passes inside one add up.  After the loop :meth:`step`
+        Gradients of this optimizer's parameters start from zero in each; several backward passes inside one add up
+        (and in parameters that are not this optimizer's, so do those of all passes).  After the loop :meth:`step`
         descends along what the last pass left in ``.grad`` (clip it before).
 
         Yields:
@@ -373,7 +378,7 @@ class SharpnessAware(Optimizer):
             )
         theirs, ours = own["parameters"], self._signature()
         if theirs != ours:
-            raise StateError(f"the state_dict belongs to other parameters: {_first_difference(theirs, ours)}")
+            raise StateError(f"the state_dict belongs to other parameters: {first_difference(theirs, ours)}")
         restored, due = None, 0
         if list(own["representative"]) == [self.rebalance, self.gauge]:
             restored = None if own["balance"] is None else Balance.from_state(own["balance"])
@@ -397,8 +402,8 @@ class SharpnessAware(Optimizer):
     def _step_supports_amp_scaling(self) -> bool:
         """What GradScaler asks for before it calls :meth:`step`, and the only moment at which we can see it."""
         raise UnsupportedError(
-            f"{type(self).__name__} does not support GradScaler yet (what it adds to the gradient is not scaled, and an "
-            "overflow in the first pass goes unseen); train in float32, without the scaler"
+            f"{type(self).__name__} does not support GradScaler yet (what is added to the gradient is not scaled, and "
+            "an overflow in the first pass goes unseen); train in float32, without the scaler"
         )
 
     def _share(self) -> None:
@@ -417,18 +422,21 @@ class SharpnessAware(Optimizer):
         return [[[next(names), str(tuple(p.shape))] for p in entry["params"]] for entry in self.param_groups]
 
     def _check_group(self, entry: dict[str, Any]) -> None:
-        """Refuse settings out of range and parameters that are not the model's."""
+        """Refuse settings out of range, complex parameters and parameters that are not the model's."""
         for key in self._settings:
-            _require_nonnegative(key, entry[key])
+            require_nonnegative(key, entry[key])
         if entry.get("maximize", False):
             raise UnsupportedError("maximize=True is not supported yet; negate the loss instead")
-        if self.model is None:
-            return
-        known = {id(p) for p in self.model.parameters()}
+        known = None if self.model is None else {id(p) for p in self.model.parameters()}
         given = entry["params"]
-        for i, entry_or_named in enumerate([given] if isinstance(given, Tensor) else list(given)):
-            p = entry_or_named[1] if isinstance(entry_or_named, tuple) else entry_or_named
-            if id(p) not in known:
+        for i, item in enumerate([given] if isinstance(given, Tensor) else given):
+            p = item[1] if isinstance(item, tuple) else item  # torch takes (name, parameter), too
+            if isinstance(p, Tensor) and p.is_complex():
+                raise UnsupportedError(
+                    f"parameter {i} of the group, of shape {tuple(p.shape)}, is complex ({p.dtype}), which is not "
+                    "supported yet; keep its real and imaginary parts (torch.view_as_real) as the parameter"
+                )
+            if known is not None and id(p) not in known:
                 raise OptimizerError(
                     f"parameter {i} of the group, of shape {tuple(p.shape)}, is not one of "
                     f"{type(self.model).__name__}'s; pass the model's own parameters, or the model that owns them"
@@ -471,66 +479,3 @@ class SharpnessAware(Optimizer):
             finally:
                 self._refreshing = False
             self._pass.perturb()
-
-
-def _require_plain_model(model: nn.Module | None) -> None:
-    """Refuse what is no model, and wrappers that the engine does not handle yet."""
-    if model is not None and not isinstance(model, nn.Module):
-        raise OptimizerError(f"model is a {type(model).__name__}; pass the torch.nn.Module that owns the parameters")
-    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    if isinstance(model, wrappers) or getattr(model, "_orig_mod", None) is not None:
-        raise UnsupportedError(
-            f"a model wrapped in {type(model).__name__} is not supported yet; build the optimizer with the module "
-            "inside it and train that"
-        )
-
-
-def _require_known_base(base: Optimizer, rebalance: Rebalance) -> None:
-    """Refuse at once what would fail at the first descent, or at the first refresh with state."""
-    closure = inspect.signature(base.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise UnsupportedError(
-            f"{type(base).__name__} evaluates the closure itself, so it cannot descend along a gradient that was taken "
-            "elsewhere; use torch.optim.SGD or another first-order optimizer"
-        )
-    if rebalance == "move" and type(base) not in STATE_EXPONENTS:
-        supported = ", ".join(kind.__name__ for kind in STATE_EXPONENTS)
-        raise UnsupportedError(
-            f"rebalance='move' rescales the base optimizer's state, and it is not known how that of "
-            f"{type(base).__name__} moves with a parameter's scale; use {supported}, or rebalance='metric'"
-        )
-
-
-def _require_nonnegative(key: str, value: float) -> None:
-    """Refuse a negative or non-finite number."""
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{key} must be >= 0 and finite, got {value}; {key}=0 is the base optimizer")
-
-
-def _require_range(
-    settings: dict[str, float], rebalance: Rebalance, refresh_every: int, columns: int | None, gauge: float
-) -> None:
-    """Refuse numbers out of their range, before anything is built."""
-    for key, value in settings.items():
-        _require_nonnegative(key, value)
-    if rebalance not in ("move", "metric", None):
-        raise ValueError(f"rebalance must be 'move', 'metric' or None, got {rebalance!r}")
-    if refresh_every < 1:
-        raise ValueError(f"refresh_every must be >= 1 step, got {refresh_every}; rebalance=None switches refreshes off")
-    if columns is not None and columns < 0:
-        raise ValueError(f"columns must be >= 0 or None, got {columns}; None is exact")
-    if not 0.0 <= gauge <= 1.0:
-        raise ValueError(f"gauge must lie in [0, 1], got {gauge}; 0 balances traces, 1 norms")
-
-
-def _first_difference(theirs: list[list[list[str]]], ours: list[list[list[str]]]) -> str:
-    """Where two signatures differ first, in words."""
-    if len(theirs) != len(ours):
-        return f"it has {len(theirs)} parameter groups, the optimizer has {len(ours)}"
-    for g, (a, b) in enumerate(zip(theirs, ours, strict=True)):
-        if len(a) != len(b):
-            return f"group {g} has {len(a)} parameters there and {len(b)} here"
-        for x, y in zip(a, b, strict=True):
-            if x != y:
-                return f"group {g} has {x[0]} {x[1]} there where the optimizer has {y[0]} {y[1]}"
-    return "no difference"

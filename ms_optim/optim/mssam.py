@@ -19,7 +19,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .engine import Plan, Rebalance, SharpnessAware
+from .engine import Plan, SharpnessAware
+from .requirements import Rebalance
 from .sam import two_passes
 
 

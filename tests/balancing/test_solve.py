@@ -2,6 +2,7 @@
 
 import io
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -249,6 +250,9 @@ def test_a_group_of_another_model_is_refused():
     network, other = declare("chain", 2), declare("chain", 3)
     with pytest.raises(BalanceError, match="p2 only in the group"):
         balance(network.model(torch.ones(2)), other.traces(torch.ones(3)), other.group)
+    wider = replace(network.group, shapes=((5, 4), (4, 5)))
+    with pytest.raises(BalanceError, match=r"parameter p0 has shape .*, and \(5, 4\) in the group"):
+        balance(network.model(torch.ones(2)), network.traces(torch.ones(2)), wider)
 
 
 def test_a_diverged_network_is_refused():
