@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+import ms_optim
 from ms_optim.batch import Batch, batches, class_logits, logits_of, peek
 from ms_optim.errors import DataError, MsOptimError
 
