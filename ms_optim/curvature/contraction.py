@@ -283,10 +283,16 @@ class Reduced(Contraction):
         use: The use.
         samples: N.
         axes: For each axis of the parameter, the axis of the operation's output it lies along.
-        normalised: x̂ with the shape of the output; ``None`` for a shift.
+        normalised: x̂ with the shape of the output, or what gives some of its rows; ``None`` for a shift.
     """
 
-    def __init__(self, use: Use, samples: int, axes: tuple[int, ...], normalised: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        use: Use,
+        samples: int,
+        axes: tuple[int, ...],
+        normalised: Tensor | Callable[[slice], Tensor] | None = None,
+    ) -> None:
         super().__init__(use, samples)
         self.axes, self.normalised = axes, normalised
 
@@ -325,7 +331,7 @@ class Reduced(Contraction):
         rows = slice(part.start * times, part.stop * times)
         d = wide(piece[:, rows])
         if self.normalised is not None:
-            d = d * self.normalised[rows]
+            d = d * (self.normalised[rows] if isinstance(self.normalised, Tensor) else self.normalised(rows))
         d = d.unflatten(1, (part.stop - part.start, times))
         keep = {axis + 2 for axis in self.axes}  # behind c, and with n split into n and t
         return d.sum([axis for axis in range(2, d.ndim) if axis not in keep])

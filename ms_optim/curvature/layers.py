@@ -162,11 +162,16 @@ def convolution_bias(use: Use, samples: int) -> Contraction:
 def batch_norm_weight(use: Use, samples: int) -> Contraction:
     """x̂ = (x − m) / √(v + ε) with constant statistics."""
     node = use.node
-    x = wide(node._saved_input)
+    x = node._saved_input
     view = (1, -1, *([1] * (x.ndim - 2)))
     eps = node._saved_eps if use.operation == "NativeBatchNorm" else node._saved_epsilon
-    mean, variance = node._saved_running_mean, node._saved_running_var
-    normalised = (x - mean.to(x.dtype).view(view)) * (variance.to(x.dtype) + eps).rsqrt().view(view)
+    dtype = wide(x[:0]).dtype
+    mean = node._saved_running_mean.to(dtype).view(view)
+    rstd = (node._saved_running_var.to(dtype) + eps).rsqrt().view(view)
+
+    def normalised(rows: slice) -> Tensor:  # made when asked for: all of them together are as large as the activations
+        return (wide(x[rows]) - mean) * rstd
+
     return Reduced(use, samples, axes=(1,), normalised=normalised)
 
 

@@ -288,6 +288,7 @@ def _batch_sums(
             norms = {name: _squared_norm(site, at) for name, site in sites.items()}
             zero = logits.new_zeros(())
             total += torch.stack([norms.get(name, zero).double() for name in parameters])
+            at.clear()  # these columns go before the next ones come
     return tape, total, samples
 
 

@@ -90,8 +90,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(text)
     print(
         f"\n{options.seeds} seeds; accuracy is mean ± standard error, Tr H and MS (minimum sharpness) are medians. "
-        "Both starts are the same function:\nMS before is equal, and an optimizer that does not depend on the scaling "
-        f"has two rows that differ by rounding only.\n{len(runs)} trainings in {time.perf_counter() - begin:.0f} s; "
+        "Both starts are the same function in eval mode:\nMS before is equal, and an optimizer that does not depend on "
+        "the scaling has two equal rows, but for rounding\n(and, in training mode, BatchNorm's ε), which training "
+        f"amplifies.\n{len(runs)} trainings in {time.perf_counter() - begin:.0f} s; "
         f"figure, table and raw results are in {options.output}/"
     )
 

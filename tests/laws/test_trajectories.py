@@ -76,17 +76,19 @@ def test_the_law_holds_on_random_networks(widths, bias, std, seed, trace):
     assert divergence(build, model, samples(model, 5, seed), std, seed) < 1e-6
 
 
-def test_with_batch_norm_the_law_holds_up_to_its_epsilon():
+@pytest.mark.parametrize("columns", [None, 2])
+def test_with_batch_norm_the_law_holds_too(columns):
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(),
         nn.Flatten(), nn.Linear(16, 4),
     )  # fmt: skip
-    for module in model:
-        if isinstance(module, nn.BatchNorm2d):
-            module.eps = 1e-12
     stream = torch.Generator().manual_seed(0)
     inputs = torch.randn(6, 8, 1, 6, 6, generator=stream)
     batches = list(zip(inputs, torch.randint(0, 4, (6, 8), generator=stream), strict=True))
-    build = lambda net: ms_optim.MSSAM(net, rho=0.05, lr=0.05, momentum=0.9, refresh_every=3)  # noqa: E731
-    assert divergence(build, model, batches, std=0.5) < 1e-6
+
+    def build(net):
+        return ms_optim.MSSAM(net, rho=0.05, lr=0.05, momentum=0.9, refresh_every=3, columns=columns)
+
+    # In training mode BatchNorm's ε makes the two starts differ by more than this; the first refresh heals it.
+    assert divergence(build, model, batches, std=1.0) < 1e-8
