@@ -79,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = table(outcomes, seconds)
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "table.md").write_text(text + "\n", encoding="utf-8")
-    environment = {"torch": torch.__version__, "python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
+    machine = f"{platform.system()} {platform.machine()}"
+    environment = {"torch": torch.__version__, "python": platform.python_version(), "machine": machine}
     results = {
         "environment": environment | {"cores": os.cpu_count(), "workers": options.workers},
         "seconds_per_step_relative_to_sgd": seconds,
@@ -91,7 +92,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(
         f"\n{options.seeds} seeds; accuracy is mean ± standard error, Tr H and MS (minimum sharpness) are medians. "
         "Both starts are the same function in eval mode:\nMS before is equal, and an optimizer that does not depend on "
-        f"the scaling has two equal rows, but for rounding, which training amplifies.\n{len(runs)} trainings in {time.perf_counter() - begin:.0f} s; "
+        "the scaling has two equal rows, but for rounding, which training amplifies.\n"
+        f"{len(runs)} trainings in {time.perf_counter() - begin:.0f} s; "
         f"figure, table and raw results are in {options.output}/"
     )
 
