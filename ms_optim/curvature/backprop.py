@@ -17,13 +17,10 @@ from torch.autograd.graph import GradientEdge
 
 from ..errors import CurvatureError
 from .contraction import Columns
-from .tape import Node, Use, operation
+from .tape import Node, Use
 
 # δ of as many columns as fit in this are kept for one contraction; one column is kept whatever its size.
 _KEPT_BYTES = 256 * 2**20
-# On CPU a column alone leaves a convolution's matrix products too small, and many push each other out of the cache;
-# linear layers are best one at a time (vmap turns their products into batched ones). Measured on MLP and LeNet.
-_CPU_TOGETHER = 3
 
 
 def deltas(logits: Tensor, nodes: Sequence[Node], columns: Tensor, create_graph: bool = False) -> tuple[Tensor, ...]:
@@ -62,10 +59,8 @@ def backpropagate(
     """
     sizes = {node: math.prod(node._input_metadata[0].shape) * logits.element_size() for node in nodes}
     kept = max(1, _KEPT_BYTES // max(1, sum(size for node, size in sizes.items() if not nodes[node])))
-    if logits.is_cuda:
-        together = max(1, _KEPT_BYTES // max(1, sum(sizes.values())))
-    else:
-        together = _CPU_TOGETHER if any(operation(node) == "Convolution" for node in nodes) else 1
+    # On CPU several columns at a time push each other out of the cache: 10 to 25% slower on LeNet, no gain on an MLP.
+    together = max(1, _KEPT_BYTES // max(1, sum(sizes.values()))) if logits.is_cuda else 1
     for first in range(0, count, kept):
         last = min(first + kept, count)
         at = {node: Columns(norms_only=norms_only) for node, norms_only in nodes.items()}
