@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -69,8 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     results = parser.parse_args(arguments).results
     for folder in sorted(path for path in results.iterdir() if path.is_dir()):
-        if not hasattr(importlib.import_module(f"benchmarks.{folder.name}"), "CLAIMS"):
-            continue  # a sweep, which has no goal and draws a table of its own
+        script = importlib.util.find_spec(f"benchmarks.{folder.name}")
+        if script is None or not hasattr(importlib.import_module(script.name), "CLAIMS"):
+            continue  # the demo or a sweep, which has no goal and draws a table of its own
         newest = max(folder.glob("*/runs.jsonl"), key=lambda path: path.parent.name).parent
         runs = [json.loads(line) for line in (newest / "runs.jsonl").read_text().splitlines()]
         environment = json.loads((newest / "environment.json").read_text())
