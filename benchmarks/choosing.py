@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import itertools
-import json
 import multiprocessing
 import statistics
 from collections.abc import Callable, Sequence
@@ -28,7 +27,7 @@ from torch import nn
 import ms_optim
 from ms_optim.demo import training
 
-from .harness import RESULTS, Run, environment
+from .harness import RESULTS, Run, environment, record
 
 LABEL_NOISE = 0.2
 RHO = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
@@ -146,9 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out = options.out or (None if smoke else RESULTS)
     if out is not None:
         folder = out / "choosing" / f"{datetime.date.today()}_cpu"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "environment.json").write_text(json.dumps(described, indent=2) + "\n")
-        (folder / "runs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
+        record(folder, described, runs)
         (folder.parent / "table.md").write_text(text)
     print(text)
 

@@ -253,6 +253,19 @@ def _cpu_model() -> str:
     return models[0] if models else platform.processor()
 
 
+def record(folder: Path, described: Mapping[str, Any], runs: Sequence[Run]) -> None:
+    """Write ``environment.json`` and ``runs.jsonl``, of which all tables are made.
+
+    Args:
+        folder: Where; made if it is not there.
+        described: The environment.
+        runs: All lines.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "environment.json").write_text(json.dumps(described, indent=2) + "\n")
+    (folder / "runs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
+
+
 def main(description: str, name: str, measure: Callable[[str], list[Run]], arguments: Sequence[str] | None) -> None:
     """The command line of a benchmark: measure, write, and print the table.
 
@@ -273,10 +286,7 @@ def main(description: str, name: str, measure: Callable[[str], list[Run]], argum
     described["load_average_after"] = round(os.getloadavg()[0], 2)
     out = options.out or (RESULTS if options.scale == "cpu" else None)
     if out is not None:
-        folder = out / name / f"{described['date'].split()[0]}_cpu{options.threads}"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "environment.json").write_text(json.dumps(described, indent=2) + "\n")
-        (folder / "runs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
+        record(out / name / f"{described['date'].split()[0]}_cpu{options.threads}", described, runs)
 
     from .render import table  # the renderer imports the scripts, whose claims it prints
 
