@@ -19,6 +19,13 @@ for every r and need r + 1 backpropagations whatever K is.  The classes are elim
   the signed one are nearly orthogonal after backpropagation, and the error is in what is not.  Against the r largest of
   the K symmetric columns √p_k (e_k − p) the standard error is 1.1 to 3.5 times smaller.
 
+*What is left.*  After the r likeliest classes are eliminated, what the other columns have to make up is the Schur
+complement R^{(r)} = diag(p_{≥r}) − p_{≥r} p_{≥r}ᵀ / q_r, positive semidefinite with
+
+    Tr R^{(r)} = q_r − Σ_{k≥r} p_k² / q_r = q_{r+1} ( 1 + p_r / q_r ) − Σ_{k>r} p_k² / q_r ,
+
+the second form being free of cancellation: in descending order the subtrahend is at most half of q_{r+1}.
+
 All of it is computed from log p, where √p has a finite slope and a tail of 10⁻³⁰ keeps its digits.
 
 Source: arXiv 2106.12612, Prop. 1, for P; the factors are derived above.
@@ -28,9 +35,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-# exp(-80) = 1.8e-35 is nothing beside the Σ p = 1 it stands in, and products of two such factors stay in float32.
-_LOG_FLOOR = -80.0
+# exp(floor) is nothing beside the Σ p = 1 it stands in (1.8e-35, 1e-304), and 1/√(exp(floor)), which a signed column
+# multiplies by at most exp(floor / 2), stays within the type with room for the slopes.
+_LOG_FLOOR = {torch.float32: -80.0, torch.float64: -700.0}
 
 
 def log_probabilities(logits: Tensor) -> Tensor:
@@ -43,7 +52,21 @@ def log_probabilities(logits: Tensor) -> Tensor:
         ``[N, K]``, differentiable.
     """
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    return torch.log_softmax(wide, dim=-1).clamp_min(_LOG_FLOOR)
+    return torch.log_softmax(wide, dim=-1).clamp_min(_LOG_FLOOR[wide.dtype])
+
+
+def coins(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Independent ±1 as int8, drawn and left where the generator lives.
+
+    Args:
+        shape: The shape to draw.
+        generator: The source of randomness; the global streams are not touched.
+
+    Returns:
+        An int8 tensor of ±1.
+    """
+    bits = torch.randint(0, 2, shape, generator=generator, device=generator.device, dtype=torch.int8)
+    return bits.mul_(2).sub_(1)
 
 
 def signs(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:
@@ -57,8 +80,7 @@ def signs(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> T
     Returns:
         A tensor of ±1.
     """
-    bits = torch.randint(0, 2, shape, generator=generator, device=generator.device, dtype=torch.int8)
-    return bits.to(device=like.device, dtype=like.dtype).mul_(2).sub_(1)
+    return coins(shape, generator).to(device=like.device, dtype=like.dtype)
 
 
 def cholesky_columns(log_p: Tensor, start: int, stop: int) -> Tensor:
@@ -81,25 +103,23 @@ def cholesky_columns(log_p: Tensor, start: int, stop: int) -> Tensor:
     return (unit * diagonal[:, :, None]).transpose(0, 1)
 
 
-def signed_column(log_p: Tensor, start: int, generator: torch.Generator) -> Tensor:
-    """Σ_{k≥start} ε_k S_k for Cholesky columns S_k and random signs ε_k, differentiable in ``log_p``.
+def signed_column(log_p: Tensor, start: int, eps: Tensor) -> Tensor:
+    """Σ_{k≥start} ε_k S_k for Cholesky columns S_k and given signs ε_k, differentiable in ``log_p``.
 
     Args:
         log_p: ``[N, K]``.
         start: The first column that takes part.
-        generator: Draws the signs.
+        eps: ±1, ``[..., N, K − 1 − start]``: any number of patterns of signs.
 
     Returns:
-        ``[N, K]``.
+        ``[..., N, K]``.
     """
     log_q = _log_tails(log_p)
     half = _log_diagonal(log_p, log_q)[:, start:]
-    eps = signs(tuple(half.shape), half, generator)
     # s_j = ε_j d_j − p_j Σ_{k<j} ε_k d_k / q_{k+1}
     running = (eps * (half - log_q[:, start + 1 :]).exp()).cumsum(-1)
-    zero = torch.zeros_like(log_p[:, :1])
-    own = torch.cat([torch.zeros_like(log_p[:, :start]), eps * half.exp(), zero], dim=-1)
-    behind = torch.cat([torch.zeros_like(log_p[:, :start]), zero, running], dim=-1)
+    own = F.pad(eps * half.exp(), (start, 1))
+    behind = F.pad(running, (start + 1, 0))
     return own - log_p.exp() * behind
 
 
@@ -118,6 +138,57 @@ def exact_columns(logits: Tensor, start: int = 0, stop: int | None = None) -> Te
         return cholesky_columns(log_probabilities(logits), start, logits.shape[-1] - 1 if stop is None else stop)
 
 
+def leading_columns(logits: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+    """Columns ``start … stop − 1`` of S where each sample eliminates its classes in descending order of probability.
+
+    Args:
+        logits: ``[N, K]``.
+        start: The first column.
+        stop: One past the last; ``None`` is K − 1, which makes S Sᵀ = P.
+
+    Returns:
+        ``[stop − start, N, K]``, detached; the last axis is in the order of the logits.
+    """
+    with torch.no_grad():
+        log_p, order = _descending(logits)
+        return _in_place(cholesky_columns(log_p, start, logits.shape[-1] - 1 if stop is None else stop), order)
+
+
+def split_columns(logits: Tensor, columns: int, eps: Tensor) -> tuple[Tensor, Tensor]:
+    """The leading columns of each sample, and the signed sums of those behind them.
+
+    Args:
+        logits: ``[N, K]``.
+        columns: r, the number of leading columns.
+        eps: ±1, ``[probes, N, K − 1 − r]``.
+
+    Returns:
+        ``[r, N, K]`` and ``[probes, N, K]``, detached.
+    """
+    with torch.no_grad():
+        log_p, order = _descending(logits)
+        signed = signed_column(log_p, columns, eps.to(device=log_p.device, dtype=log_p.dtype))
+        return _in_place(cholesky_columns(log_p, 0, columns), order), _in_place(signed, order)
+
+
+def remaining_traces(logits: Tensor) -> Tensor:
+    """Σ_i Tr R_i^{(r)}, the trace that r leading columns leave out, for r = 0 … K − 1.
+
+    Args:
+        logits: ``[N, K]``.
+
+    Returns:
+        ``[K]`` in float64, from Σ_i Tr P_i down to 0.
+    """
+    with torch.no_grad():
+        # exp(-2000) is 0: a far lower floor than that of the columns, so that saturated samples add nothing here.
+        log_p, _ = torch.log_softmax(logits.double(), dim=-1).clamp_min(-2000.0).sort(dim=-1, descending=True)
+        log_q, log_t = _log_tails(log_p), _log_tails(2 * log_p)
+        share = (log_p - log_q)[:, :-1].exp() - (log_t[:, 1:] - log_q[:, :-1] - log_q[:, 1:]).exp()
+        left = log_q[:, 1:].exp() * (1 + share)
+        return F.pad(left.sum(0), (0, 1))
+
+
 def sampled_columns(logits: Tensor, columns: int, generator: torch.Generator) -> Tensor:
     """The ``columns`` leading columns of each sample exactly, and one signed column for the rest.
 
@@ -129,13 +200,10 @@ def sampled_columns(logits: Tensor, columns: int, generator: torch.Generator) ->
     Returns:
         ``[min(r + 1, K − 1), N, K]``, detached; E S Sᵀ = P over the signs.
     """
-    if columns >= logits.shape[-1] - 2:
+    samples, classes = logits.shape
+    if columns >= classes - 2:
         return exact_columns(logits)
-    with torch.no_grad():
-        log_p, order = log_probabilities(logits).sort(dim=-1, descending=True, stable=True)
-        rest = signed_column(log_p, columns, generator)[None]
-        stack = torch.cat([cholesky_columns(log_p, 0, columns), rest]) if columns else rest
-        return torch.empty_like(stack).scatter_(-1, order.expand_as(stack), stack)
+    return torch.cat(split_columns(logits, columns, coins((samples, classes - 1 - columns), generator)[None]))
 
 
 def probe(logits: Tensor, generator: torch.Generator) -> Tensor:
@@ -148,8 +216,20 @@ def probe(logits: Tensor, generator: torch.Generator) -> Tensor:
     Returns:
         ``[N, K]``, in the graph.
     """
+    log_p, order = _descending(logits)
+    eps = signs((logits.shape[0], logits.shape[1] - 1), log_p, generator)
+    return _in_place(signed_column(log_p, 0, eps), order)
+
+
+def _descending(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """log p in descending order, and the class at each place: ``[N, K]`` both."""
     log_p, order = log_probabilities(logits).sort(dim=-1, descending=True, stable=True)
-    return torch.zeros_like(log_p).scatter(-1, order, signed_column(log_p, 0, generator))
+    return log_p, order
+
+
+def _in_place(columns: Tensor, order: Tensor) -> Tensor:
+    """Columns ``[..., N, K]`` over places as columns over classes."""
+    return torch.zeros_like(columns).scatter(-1, order.expand_as(columns), columns)
 
 
 def _log_tails(log_p: Tensor) -> Tensor:

@@ -23,10 +23,10 @@ def random_logits(draw):
 def over_all_signs(logits, rest, columns):
     """The mean of S Sᵀ over every pattern of signs for ``rest`` columns, ``[N, K, K]``."""
     products = []
-    for pattern in itertools.product([-1.0, 1.0], repeat=len(logits) * rest):
+    for pattern in itertools.product([-1, 1], repeat=len(logits) * rest):
         with pytest.MonkeyPatch.context() as monkeypatch:
-            given_signs = torch.tensor(pattern).view(len(logits), rest)
-            monkeypatch.setattr(logit_factor, "signs", lambda shape, like, generator, s=given_signs: s)
+            given_signs = torch.tensor(pattern, dtype=torch.int8).view(len(logits), rest)
+            monkeypatch.setattr(logit_factor, "coins", lambda shape, generator, s=given_signs: s)
             factor = columns()
         products.append(torch.einsum("cnk,cnl->nkl", factor, factor))
     return torch.stack(products).mean(0)
@@ -75,10 +75,12 @@ def test_leading_columns_take_the_classes_in_descending_order_of_probability(log
     if logits.shape[1] < 4:
         return
     leading = sampled_columns(logits, 1, torch.Generator())[0]
-    p, top = logits.softmax(-1).max(-1)
-    # The first Cholesky column eliminates the likeliest class: its own entry is √(p (1 − p)).
-    entry = leading.gather(-1, top[:, None])[:, 0]
-    torch.testing.assert_close(entry, (p * (1 - p)).sqrt(), rtol=1e-6, atol=1e-12)
+    p = logits.softmax(-1)
+    top = p.argmax(-1, keepdim=True)
+    # The first Cholesky column eliminates the likeliest class: its own entry is √(p (1 − p)), 1 − p being the others.
+    others = p.scatter(-1, top, 0.0).sum(-1, keepdim=True)
+    entry = leading.gather(-1, top)
+    torch.testing.assert_close(entry.square(), p.gather(-1, top) * others, rtol=1e-12, atol=0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -91,6 +93,19 @@ def test_saturated_logits_give_finite_columns_and_gradients(dtype, gap):
     column = probe(logits, torch.Generator().manual_seed(0))
     (gradient,) = torch.autograd.grad(column.square().sum(), logits)
     assert bool(torch.isfinite(gradient).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_probability_as_small_as_the_floor_has_a_signed_column_and_a_slope(dtype):
+    # Classes a factor e^{−7} apart, from 1 far below the floor: 1/q_{k+1} runs through everything the type can hold.
+    logits = (-7.0 * torch.arange(150)).to(dtype)[None].repeat(2, 1).requires_grad_()
+    column = probe(logits, torch.Generator().manual_seed(0))
+    (gradient,) = torch.autograd.grad((column * torch.randn(2, 150).to(dtype)).sum(), logits)
+    assert bool(torch.isfinite(column).all()) and bool(torch.isfinite(gradient).all())
+    exact = logit_factor.leading_columns(logits)
+    eps = logit_factor.coins((2, 149), torch.Generator().manual_seed(0)).to(dtype)
+    expected = torch.einsum("nc,cnk->nk", eps, exact)
+    torch.testing.assert_close(column.detach(), expected)
 
 
 def test_small_probabilities_keep_their_digits():
