@@ -1,21 +1,27 @@
 r"""Curvature by the definitions: second derivatives one by one, Jacobians row by row, matrices written out.
 
-Three independent roads to the trace of a parameter's diagonal block, for a mean cross-entropy L over n samples with
-logits o, probabilities p and P = diag(p) − p pᵀ:
+Three independent roads to the diagonal of a parameter's block, whose sum is its trace, for a loss L that is the mean of
+n samples' losses of their logits o, with Hessian P in those:
 
-    hessian       Σ_j ∂²L / ∂W_j²                                   (labels enter, and must cancel)
-    gauss-newton  (1/n) Σ_i Tr(J_iᵀ P_i J_i) ,   J_i = ∂o_i / ∂W    (no labels)
-    paper         (1/n) Σ_i ( Σ_l p_l ‖∂o_l/∂W‖² − ‖∂ ln Z/∂W‖² )    (K + 1 backward passes per sample)
+    hessian       ∂²L / ∂W_j²                                       (labels enter, and must cancel)
+    gauss-newton  (1/n) Σ_i (J_iᵀ P_i J_i)_jj ,   J_i = ∂o_i / ∂W    (no labels)
+    paper         (1/n) Σ_i ( Σ_l p_l (∂o_l/∂W_j)² − (∂ ln Z/∂W_j)² )    (cross-entropy; K + 1 passes per sample)
+
+The losses and their P, as torch means them with ``reduction="mean"``:
+
+    cross_entropy     P = diag(p) − p pᵀ ,     p = softmax(o)                  mean over the N samples
+    bce_with_logits   P = diag(s (1 − s)) / K , s = sigmoid(o)                 mean over all N·K entries
+    mse               P = (2 / K) I                                            mean over all N·K entries, no ½
 
 All are slow, hold in any floating-point type, call the model as it is (its mode included) and share no code with what
 they judge.
 
-Source: arXiv 2106.12612, Prop. 1; the norms are squared here, as its derivation needs.
+Source: arXiv 2106.12612, Prop. 1 and App. H; the norms are squared here, as its derivation needs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -54,17 +60,52 @@ def logits_of(model: nn.Module, inputs: Any) -> Tensor:
     return out if isinstance(out, Tensor) else out.logits
 
 
-def logit_hessian(logits: Tensor) -> Tensor:
-    """P = diag(p) − p pᵀ, the Hessian of the cross-entropy of one sample in its logits.
+def mean_loss(logits: Tensor, targets: Tensor, loss: str = "cross_entropy") -> Tensor:
+    """The loss by torch's own function, with its default reduction.
 
     Args:
         logits: ``[N, K]``.
+        targets: ``[N]`` classes, or ``[N, K]``.
+        loss: ``"cross_entropy"``, ``"bce_with_logits"`` or ``"mse"``.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: If the loss has another name.
+    """
+    if loss == "cross_entropy":
+        return F.cross_entropy(logits, targets)
+    if loss == "bce_with_logits":
+        return F.binary_cross_entropy_with_logits(logits, targets)
+    if loss == "mse":
+        return F.mse_loss(logits, targets)
+    raise ValueError(f"loss must be 'cross_entropy', 'bce_with_logits' or 'mse', got {loss!r}")
+
+
+def logit_hessian(logits: Tensor, loss: str = "cross_entropy") -> Tensor:
+    """P, the Hessian of one sample's loss in its logits, where n·L is the sum of these losses.
+
+    Args:
+        logits: ``[N, K]``.
+        loss: As in :func:`mean_loss`.
 
     Returns:
         ``[N, K, K]``.
+
+    Raises:
+        ValueError: If the loss has another name.
     """
-    p = logits.softmax(-1)
-    return torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    classes = logits.shape[-1]
+    if loss == "cross_entropy":
+        p = logits.softmax(-1)
+        return torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    if loss == "bce_with_logits":
+        s = logits.sigmoid()
+        return torch.diag_embed(s * (1 - s)) / classes
+    if loss == "mse":
+        return torch.diag_embed(torch.full_like(logits, 2.0 / classes))
+    raise ValueError(f"loss must be 'cross_entropy', 'bce_with_logits' or 'mse', got {loss!r}")
 
 
 def factor_error(columns: Tensor, logits: Tensor) -> float:
@@ -81,27 +122,47 @@ def factor_error(columns: Tensor, logits: Tensor) -> float:
     return float((product - logit_hessian(logits)).abs().max().detach())
 
 
-def hessian_traces(model: nn.Module, inputs: Any, labels: Tensor) -> dict[str, float]:
-    """Σ_j ∂²L / ∂W_j² of the mean cross-entropy, a derivative of a derivative for every entry of every parameter.
+def brute_force_hessian_diagonals(
+    model: nn.Module, inputs: Any, targets: Tensor, loss: str = "cross_entropy"
+) -> dict[str, Tensor]:
+    """∂²L / ∂W_j² of the mean loss, a derivative of a derivative for every entry of every parameter.
 
     Args:
         model: The model.
         inputs: As in :func:`logits_of`.
-        labels: ``[N]``.
+        targets: As in :func:`mean_loss`.
+        loss: As in :func:`mean_loss`.
+
+    Returns:
+        Parameter name → diagonal of its Hessian block, shaped as the parameter.
+    """
+    value = mean_loss(logits_of(model, inputs), targets, loss)
+    diagonals = {}
+    for name, parameter in trainable(model).items():
+        (first,) = torch.autograd.grad(value, parameter, create_graph=True, allow_unused=True)
+        entries = torch.zeros(parameter.numel(), dtype=parameter.dtype, device=parameter.device)
+        for j in range(parameter.numel()):
+            if first is not None and first.requires_grad:
+                (second,) = torch.autograd.grad(first.flatten()[j], parameter, retain_graph=True, allow_unused=True)
+                entries[j] = 0.0 if second is None else second.flatten()[j].detach()
+        diagonals[name] = entries.view_as(parameter)
+    return diagonals
+
+
+def hessian_traces(model: nn.Module, inputs: Any, labels: Tensor, loss: str = "cross_entropy") -> dict[str, float]:
+    """Sums of :func:`brute_force_hessian_diagonals`.
+
+    Args:
+        model: The model.
+        inputs: As in :func:`logits_of`.
+        labels: As in :func:`mean_loss`.
+        loss: As in :func:`mean_loss`.
 
     Returns:
         Parameter name → trace of the diagonal Hessian block.
     """
-    loss = F.cross_entropy(logits_of(model, inputs), labels)
-    traces = {}
-    for name, parameter in trainable(model).items():
-        (first,) = torch.autograd.grad(loss, parameter, create_graph=True, allow_unused=True)
-        traces[name] = 0.0
-        for j in range(parameter.numel()):
-            if first is not None and first.requires_grad:
-                (second,) = torch.autograd.grad(first.flatten()[j], parameter, retain_graph=True, allow_unused=True)
-                traces[name] += 0.0 if second is None else float(second.flatten()[j].detach())
-    return traces
+    diagonals = brute_force_hessian_diagonals(model, inputs, labels, loss)
+    return {name: float(diagonal.sum()) for name, diagonal in diagonals.items()}
 
 
 def jacobians(model: nn.Module, inputs: Any, create_graph: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
@@ -129,33 +190,57 @@ def jacobians(model: nn.Module, inputs: Any, create_graph: bool = False) -> tupl
     return logits, {name: torch.stack(row).unflatten(0, (samples, classes)) for name, row in rows.items()}
 
 
-def gauss_newton_blocks(model: nn.Module, inputs: Any, create_graph: bool = False) -> dict[str, Tensor]:
+def gauss_newton_blocks(
+    model: nn.Module, inputs: Any, create_graph: bool = False, loss: str = "cross_entropy"
+) -> dict[str, Tensor]:
     """(1/n) Σ_i J_iᵀ P_i J_i, written out.
 
     Args:
         model: The model.
         inputs: As in :func:`logits_of`.
         create_graph: Whether the blocks can be differentiated, P included.
+        loss: As in :func:`mean_loss`.
 
     Returns:
         Parameter name → ``[W.numel(), W.numel()]``.
     """
     logits, jacobian = jacobians(model, inputs, create_graph)
-    curvature = logit_hessian(logits if create_graph else logits.detach())
+    curvature = logit_hessian(logits if create_graph else logits.detach(), loss)
     return {name: torch.einsum("nki,nkl,nlj->ij", j, curvature, j) / logits.shape[0] for name, j in jacobian.items()}
 
 
-def gauss_newton_traces(model: nn.Module, inputs: Any) -> dict[str, float]:
+def gauss_newton_traces(model: nn.Module, inputs: Any, loss: str = "cross_entropy") -> dict[str, float]:
     """Tr of each :func:`gauss_newton_blocks`.
 
     Args:
         model: The model.
         inputs: As in :func:`logits_of`.
+        loss: As in :func:`mean_loss`.
 
     Returns:
         Parameter name → trace.
     """
-    return {name: float(block.trace()) for name, block in gauss_newton_blocks(model, inputs).items()}
+    return {name: float(block.trace()) for name, block in gauss_newton_blocks(model, inputs, loss=loss).items()}
+
+
+def exact_diagonals(model: nn.Module, inputs: Any, loss: str = "cross_entropy") -> dict[str, Tensor]:
+    """(1/n) Σ_i (J_iᵀ P_i J_i)_jj from whole Jacobians and whole P, without the rest of the blocks.
+
+    Args:
+        model: The model.
+        inputs: As in :func:`logits_of`.
+        loss: As in :func:`mean_loss`.
+
+    Returns:
+        Parameter name → diagonal of its Gauss-Newton block, shaped as the parameter.
+    """
+    logits, jacobian = jacobians(model, inputs)
+    curvature = logit_hessian(logits.detach(), loss)
+    diagonals = {}
+    for name, parameter in trainable(model).items():
+        j = jacobian[name]
+        diagonals[name] = torch.einsum("nki,nkl,nli->i", j, curvature, j).view_as(parameter) / logits.shape[0]
+    return diagonals
 
 
 def weighted_trace(model: nn.Module, inputs: Any, weights: Mapping[str, float]) -> Tensor:
@@ -173,28 +258,57 @@ def weighted_trace(model: nn.Module, inputs: Any, weights: Mapping[str, float]) 
     return torch.stack([weights.get(name, 0.0) * block.trace() for name, block in blocks.items()]).sum()
 
 
-def paper_traces(model: nn.Module, inputs: Any) -> dict[str, float]:
-    """(1/n) Σ_i ( Σ_l p_l ‖∂o_l/∂W‖² − ‖∂ ln Z/∂W‖² ): the algorithm of the paper, sample by sample, K + 1 passes each.
+def paper_diagonals(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
+    """(1/n) Σ_i ( Σ_l p_l (∂o_l/∂W)² − (∂ ln Z/∂W)² ): the algorithm of the paper, sample by sample, K + 1 passes each.
 
     Args:
         model: The model.
         inputs: As in :func:`logits_of`.
 
     Returns:
-        Parameter name → trace, without ever holding a Jacobian.
+        Parameter name → diagonal of its block for the cross-entropy, without ever holding a Jacobian.
+
+    Source: arXiv 2106.12612, App. H.
+    """
+    diagonals = {name: torch.zeros_like(p, requires_grad=False) for name, p in trainable(model).items()}
+    for factor, grads in paper_passes(model, inputs):
+        for name, grad in grads.items():
+            diagonals[name] += factor * grad.square()
+    return diagonals
+
+
+def paper_traces(model: nn.Module, inputs: Any) -> dict[str, float]:
+    """(1/n) Σ_i ( Σ_l p_l ‖∂o_l/∂W‖² − ‖∂ ln Z/∂W‖² ): the same algorithm with norms in place of squares.
+
+    Args:
+        model: The model.
+        inputs: As in :func:`logits_of`.
+
+    Returns:
+        Parameter name → trace.
+    """
+    traces = dict.fromkeys(trainable(model), 0.0)
+    for factor, grads in paper_passes(model, inputs):
+        for name, grad in grads.items():
+            traces[name] += factor * float(grad.square().sum())
+    return traces
+
+
+def paper_passes(model: nn.Module, inputs: Any) -> Iterator[tuple[float, dict[str, Tensor]]]:
+    """The K + 1 backward passes of every sample: of o_l with weight p_l / n, and of ln Z with weight −1 / n.
+
+    Args:
+        model: The model.
+        inputs: As in :func:`logits_of`.
+
+    Yields:
+        The weight, and parameter name → gradient, of the parameters that the output depends on.
     """
     parameters = trainable(model)
     logits = logits_of(model, inputs)
-    traces = dict.fromkeys(parameters, 0.0)
-
-    def add_squares(output: Tensor, factor: float) -> None:
-        grads = torch.autograd.grad(output, list(parameters.values()), retain_graph=True, allow_unused=True)
-        for name, grad in zip(parameters, grads, strict=True):
-            traces[name] += 0.0 if grad is None else factor * float(grad.square().sum())
-
     for o in logits:
-        p = o.detach().softmax(-1)
-        for o_l, p_l in zip(o, p.tolist(), strict=True):
-            add_squares(o_l, p_l / len(logits))
-        add_squares(torch.logsumexp(o, 0), -1.0 / len(logits))
-    return traces
+        weights = [*o.detach().softmax(-1).tolist(), -1.0]
+        for output, weight in zip([*o, torch.logsumexp(o, 0)], weights, strict=True):
+            grads = torch.autograd.grad(output, list(parameters.values()), retain_graph=True, allow_unused=True)
+            named = zip(parameters, grads, strict=True)
+            yield weight / len(logits), {name: grad for name, grad in named if grad is not None}
