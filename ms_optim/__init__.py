@@ -1,7 +1,7 @@
 """Sharpness-aware training that does not depend on how a network happens to be scaled.
 
 Symmetry      scale_symmetries, ScaleGroup
-Curvature     hessian_trace, LayerTraces
+Curvature     hessian_trace, hessian_diagonal, LayerTraces, LayerDiagonals
 Balancing     balance, rebalance_, Balance
 Sharpness     minimum_sharpness
 Optimizers    MSSAM, MSRegularizedSGD, SAM, ASAM, SharpnessAware
@@ -10,7 +10,7 @@ Errors        ms_optim.errors
 
 from . import errors
 from .balancing import Balance, balance, rebalance_
-from .curvature import LayerTraces, hessian_trace
+from .curvature import LayerDiagonals, LayerTraces, hessian_diagonal, hessian_trace
 from .optim import ASAM, MSSAM, SAM, MSRegularizedSGD, SharpnessAware
 from .sharpness import minimum_sharpness
 from .symmetry import ScaleGroup, scale_symmetries
@@ -22,12 +22,14 @@ __all__ = [
     "MSSAM",
     "SAM",
     "Balance",
+    "LayerDiagonals",
     "LayerTraces",
     "MSRegularizedSGD",
     "ScaleGroup",
     "SharpnessAware",
     "balance",
     "errors",
+    "hessian_diagonal",
     "hessian_trace",
     "minimum_sharpness",
     "rebalance_",

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,30 +70,53 @@ class Batch:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All tensors among the arguments, one level of containers deep."""
-        found: list[Tensor] = []
-        for value in (*self.args, *self.kwargs.values()):
-            if isinstance(value, Mapping):
-                value = list(value.values())
-            inner = value if isinstance(value, (tuple, list)) else [value]
-            found.extend(v for v in inner if isinstance(v, Tensor))
-        return found
+        """All tensors among the arguments, in order, in containers however deep."""
+
+        def inside(value: Any) -> list[Tensor]:
+            if isinstance(value, Tensor):
+                return [value]
+            parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
+            return [tensor for part in parts for tensor in inside(part)]
+
+        return inside((*self.args, *self.kwargs.values()))
+
+    @property
+    def samples(self) -> int | None:
+        """The length of the first axis that all tensors share; ``None`` if they do not."""
+        lengths = {tensor.shape[0] if tensor.ndim else -1 for tensor in self.tensors}
+        return lengths.pop() if len(lengths) == 1 and -1 not in lengths else None
+
+    def rows(self, part: slice) -> Batch:
+        """Some of the samples, where all tensors share their first axis.
+
+        Args:
+            part: Which.
+
+        Returns:
+            A batch of views.
+        """
+        return self._map(lambda tensor: tensor[part])
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device (the same object where nothing has to move)."""
         if all(tensor.device == device for tensor in self.tensors):
             return self
+        return self._map(lambda tensor: tensor.to(device))
 
-        def move(value: Any) -> Any:
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """Every tensor among the arguments replaced."""
+
+        def apply(value: Any) -> Any:
             if isinstance(value, Tensor):
-                return value.to(device)
+                return function(value)
             if isinstance(value, Mapping):
-                return {key: move(v) for key, v in value.items()}
+                return {key: apply(v) for key, v in value.items()}
             if isinstance(value, (tuple, list)):
-                return type(value)(move(v) for v in value)
+                make = getattr(type(value), "_make", type(value))  # named tuples have a constructor of their own
+                return make([apply(v) for v in value])
             return value
 
-        return Batch(tuple(move(a) for a in self.args), {k: move(v) for k, v in self.kwargs.items()})
+        return Batch(tuple(apply(a) for a in self.args), {k: apply(v) for k, v in self.kwargs.items()})
 
     def check_finite(self, index: int | None = None) -> None:
         """Refuse inputs that are not finite.
@@ -104,9 +128,12 @@ class Batch:
             DataError: If a floating-point tensor of the batch holds NaN or infinity.
         """
         for tensor in self.tensors:
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                where = "the batch" if index is None else f"batch {index}"
+            # One pass over the data: a sum is finite only if all terms are. (Finite ones may overflow: hence another.)
+            if tensor.is_floating_point() and not math.isfinite(float(tensor.sum())):
                 bad = int((~torch.isfinite(tensor)).sum())
+                if bad == 0:
+                    continue
+                where = "the batch" if index is None else f"batch {index}"
                 raise DataError(
                     f"{where} holds {bad} non-finite values of {tensor.numel()} in an input of shape "
                     f"{tuple(tensor.shape)}; clean the data before measuring"

@@ -5,9 +5,19 @@ own type here.  All of them are raised before anything is changed: weights, buff
 streams are as they were before the call.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 
 class MsOptimError(Exception):
-    """Base class of the errors of ``ms_optim``, for callers who want to catch them all."""
+    """Base class of the errors of ``ms_optim``, for callers who want to catch them all.
+
+    Attributes:
+        partial: Where a measurement over many batches failed: the result of the batches before; else ``None``.
+    """
+
+    partial: Any = None
 
 
 class DataError(MsOptimError, ValueError):
@@ -20,6 +30,14 @@ class SymmetryError(MsOptimError, RuntimeError):
 
 class CurvatureError(MsOptimError, RuntimeError):
     """A parameter that no curvature rule covers, or a trace that is not finite."""
+
+
+class NoRuleError(CurvatureError):
+    """A use of a parameter that no curvature rule covers: what the generic path is for."""
+
+
+class MemoryBudgetError(MsOptimError, MemoryError):
+    """A byte budget in which not even one sample and one column fit."""
 
 
 class BalanceError(MsOptimError, ValueError):

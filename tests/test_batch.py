@@ -3,6 +3,7 @@
 import math
 from collections import OrderedDict
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -70,9 +71,48 @@ def test_what_is_no_batch_is_refused(example, message):
         Batch.of(example, Positional())
 
 
-def test_tensors_are_found_one_level_deep():
-    batch = Batch((X, [MASK, 1], {"a": Y, "b": "text"}), {"k": X, "flag": True})
-    assert [id(tensor) for tensor in batch.tensors] == [id(t) for t in (X, MASK, Y, X)]
+class Pair(NamedTuple):
+    """Two inputs by name."""
+
+    pixels: torch.Tensor
+    mask: torch.Tensor
+
+
+def test_tensors_are_found_however_deep_and_in_order():
+    batch = Batch((X, [MASK, 1], {"a": Y, "b": "text"}), {"k": X, "flag": True, "n": {"p": [Pair(MASK, Y)]}})
+    assert [id(tensor) for tensor in batch.tensors] == [id(t) for t in (X, MASK, Y, X, MASK, Y)]
+    assert Batch().tensors == [] and Batch((3,), {"k": None}).tensors == []
+
+
+@pytest.mark.parametrize(
+    ("batch", "samples"),
+    [
+        (Batch((X,)), 2),
+        (Batch((X, [Y, MASK]), {"k": {"deep": (Y,)}, "flag": 3}), 2),
+        (Batch((torch.zeros(0, 3),)), 0),
+        (Batch((X, torch.zeros(3))), None),
+        (Batch((X,), {"k": {"deep": [torch.zeros(1, 3)]}}), None),
+        (Batch((X, torch.tensor(1.0))), None),
+        (Batch((torch.tensor(1.0),)), None),
+        (Batch((3,)), None),
+    ],
+)
+def test_the_number_of_samples_is_the_first_axis_that_all_share(batch, samples):
+    assert batch.samples == samples
+
+
+def test_rows_are_views_of_some_of_the_samples_in_the_same_containers():
+    x, mask = torch.arange(12.0).view(4, 3), torch.arange(4)
+    batch = Batch((x, [mask, 7], Pair(x, mask)), {"k": {"deep": (x,)}, "text": "as it is"})
+    rows = batch.rows(slice(1, 3))
+    assert rows.samples == 2 and batch.samples == 4
+    assert torch.equal(rows.args[0], x[1:3]) and rows.args[0].data_ptr() == x[1:].data_ptr()
+    assert rows.args[1] == [rows.args[1][0], 7] and torch.equal(rows.args[1][0], mask[1:3])
+    assert isinstance(rows.args[2], Pair) and torch.equal(rows.args[2].mask, mask[1:3])
+    assert torch.equal(rows.kwargs["k"]["deep"][0], x[1:3]) and rows.kwargs["text"] == "as it is"
+    model = Positional()
+    parts = [Batch((x, mask[:, None])).rows(slice(i, i + 1)).logits(model) for i in range(4)]
+    assert torch.equal(torch.cat(parts), Batch((x, mask[:, None])).logits(model))
 
 
 def test_a_batch_that_has_nowhere_to_go_is_itself():
@@ -96,8 +136,21 @@ def test_non_finite_inputs_are_refused_with_their_number_and_place(value):
         Batch((), {"x": bad}).check_finite(4)
 
 
+def test_non_finite_inputs_are_found_however_deep():
+    bad = torch.tensor([[1.0, math.nan]], dtype=torch.bfloat16)
+    for batch in (Batch(([Pair(X, bad)],)), Batch((), {"k": {"deep": (bad,)}})):
+        with pytest.raises(DataError, match=r"batch 2 holds 1 non-finite values of 2 in an input of shape \(1, 2\)"):
+            batch.check_finite(2)
+
+
 def test_finite_and_integer_inputs_pass():
     Batch((X, torch.arange(3), torch.tensor([True]))).check_finite()
+    Batch((torch.zeros(0, 3), torch.zeros(()))).check_finite()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_finite_inputs_whose_sum_overflows_pass(dtype):
+    Batch((torch.full((8,), torch.finfo(dtype).max, dtype=dtype),)).check_finite()
 
 
 @pytest.mark.parametrize(

@@ -1,26 +1,31 @@
 r"""Backpropagation of logit columns to the places where parameters were used, and no further.
 
 A column S_c is sent from the logits to the *outputs* of the operations that use parameters; weight gradients are never
-formed, since autograd computes only what lies between the logits and the requested edges.  Several columns can go
-together under ``vmap`` (one call, larger matrix products) or one after the other (each stays in the cache), and several
-are kept at a time, so that what a contraction prepares from the input is prepared once for all of them.
+formed, since autograd computes only what lies between the logits and the requested edges.  On its way it is handed to
+whoever waits at a node, by a hook that runs before the node does, and is let go; only the ends of the way (the uses
+with no other use below them) are returned by the engine.  So a column costs no more memory than a training backward
+pass has in flight.
+
+Several small columns can go together under ``vmap`` instead, which a GPU needs to be busy at all; then all of them are
+kept until the call returns.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from ..errors import CurvatureError
-from .contraction import Columns
+from ..errors import NoRuleError
+from .layout import Layout, Order
 from .tape import Node, Use
 
-# δ of as many columns as fit in this are kept for one contraction; one column is kept whatever its size.
-_KEPT_BYTES = 256 * 2**20
+Sink = Callable[[Tensor], None]  # takes δ, [c, *output.shape]
+
+_ORDERS: tuple[Order, ...] = ("sample-major", "position-major", "sequence-first")
 
 
 def deltas(logits: Tensor, nodes: Sequence[Node], columns: Tensor, create_graph: bool = False) -> tuple[Tensor, ...]:
@@ -44,59 +49,108 @@ def deltas(logits: Tensor, nodes: Sequence[Node], columns: Tensor, create_graph:
 
 
 def backpropagate(
-    logits: Tensor, nodes: Mapping[Node, bool], count: int, column: Callable[[int, int], Tensor]
-) -> Iterator[dict[Node, Columns]]:
-    """Send ``count`` columns to the nodes, a group at a time.
+    logits: Tensor,
+    order: Sequence[Node],
+    sinks: Mapping[Node, Sink],
+    columns: Iterable[Tensor],
+    after: Callable[[], None] = lambda: None,
+    together: int = 1,
+) -> None:
+    """Send columns to the sinks.
 
     Args:
         logits: ``[N, K]``, in the graph, which is kept.
-        nodes: Autograd nodes below the logits, and whether the norms of their columns are enough.
-        count: The number of columns.
-        column: ``column(start, stop)`` gives columns ``[stop − start, N, K]``.
-
-    Yields:
-        Node → its columns, for disjoint groups that together are all of them.
+        order: The nodes below the logits, each after those that it takes its inputs from.
+        sinks: Autograd nodes, and what takes δ at their outputs.
+        columns: Pieces ``[c, N, K]``.
+        after: Called when every sink has had the δ of a piece.
+        together: How many columns may go under ``vmap``; 1: one by one.
     """
-    sizes = {node: math.prod(node._input_metadata[0].shape) * logits.element_size() for node in nodes}
-    kept = max(1, _KEPT_BYTES // max(1, sum(size for node, size in sizes.items() if not nodes[node])))
-    # On CPU several columns at a time push each other out of the cache: 10 to 25% slower on LeNet, no gain on an MLP.
-    together = max(1, _KEPT_BYTES // max(1, sum(sizes.values()))) if logits.is_cuda else 1
-    for first in range(0, count, kept):
-        last = min(first + kept, count)
-        at = {node: Columns(norms_only=norms_only) for node, norms_only in nodes.items()}
-        for start in range(first, last, together):
-            piece = deltas(logits, list(nodes), column(start, min(start + together, last)))
-            for node, delta in zip(nodes, piece, strict=True):
-                at[node].add(delta)
-            del piece, delta  # so that what is let go is free memory for the next piece
-        yield at
+    if together > 1:
+        for piece in columns:
+            for part in piece.split(together):
+                for node, delta in zip(sinks, deltas(logits, list(sinks), part), strict=True):
+                    sinks[node](delta)
+                after()
+        return
+    ends = _ends(order, sinks)
+    edges = [GradientEdge(node, 0) for node in ends]
+    on_the_way = [node for node in sinks if node not in ends]
+
+    def hand_over(sink: Sink) -> Callable[[tuple[Tensor, ...]], None]:
+        def hook(gradients: tuple[Tensor, ...]) -> None:
+            sink(gradients[0].detach()[None])
+
+        return hook
+
+    hooks = [node.register_prehook(hand_over(sinks[node])) for node in on_the_way]
+    try:
+        for piece in columns:
+            for column in piece.to(logits.dtype):
+                found = torch.autograd.grad(logits, edges, column, retain_graph=True)
+                for node, delta in zip(ends, found, strict=True):
+                    sinks[node](delta[None])
+                del found, delta  # free memory for the next column
+                after()
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
-def require_separate_samples(logits: Tensor, uses: Sequence[Use], column: Tensor) -> None:
-    """Check that the first axis of every operation runs over samples, sample-major.
+def _ends(order: Sequence[Node], sinks: Mapping[Node, Sink]) -> list[Node]:
+    """The sinks that have no other sink below them."""
+    above: set[Node] = set()  # nodes with a sink at or below them
+    ends = []
+    for node in order:
+        below = any(source in above for source, _ in node.next_functions if source is not None)
+        if node in sinks and not below:
+            ends.append(node)
+        if below or node in sinks:
+            above.add(node)
+    return ends
 
-    A sample's logits may reach only that sample's part of the axis: the even samples are silenced, then the odd ones,
-    and what arrives in their part must be exactly zero.  Both, because of two samples one alone may hide the other.
+
+def find_layouts(logits: Tensor, uses: Sequence[Use]) -> dict[Node, Layout | None]:
+    """Find out where the samples are in the outputs of operations.
+
+    A sample's logits may reach only that sample's part of a tensor: the even samples are silenced, then the odd ones,
+    and in the right layout what arrives in their part is exactly zero.  Both, because of two samples one alone may
+    hide the other.
 
     Args:
         logits: ``[N, K]``, in the graph.
         uses: The uses to look at.
-        column: ``[N, K]``, the column to send.
 
-    Raises:
-        CurvatureError: If something arrives; the parameter and the operation are named.
+    Returns:
+        Node → its layout, the first that fits; ``None`` where none does: the samples are folded in an unknown way, or
+        influence each other.
     """
-    samples = logits.shape[0]
-    if samples < 2 or not uses:
-        return
-    for parity in (0, 1):
-        silenced = torch.arange(samples, device=logits.device) % 2 == parity
-        half = column.masked_fill(silenced[:, None], 0.0)
-        for use, (delta,) in zip(uses, deltas(logits, [use.node for use in uses], half[None]), strict=True):
-            rows = delta.shape[0]
-            if rows % samples or bool(delta.unflatten(0, (samples, rows // samples))[silenced].any()):
-                raise CurvatureError(
-                    f"parameter {use.parameter} {use.shape} is used by {use.operation} on a tensor whose first axis "
-                    f"({rows}) does not run over the {samples} samples in order (a sequence-first layout, or samples "
-                    "that influence each other); put the batch axis first, or measure with batches of one sample"
-                )
+    samples, classes = logits.shape
+    # Any column will do that no layer is likely to annihilate, whatever the probabilities are.
+    column = torch.arange(1, classes + 1, device=logits.device).cos().to(logits.dtype).expand(samples, classes)
+    shapes = {use.node: use.output_shape for use in uses}
+    fitting = {node: [order for order in _ORDERS if Layout(samples, order).fits(shapes[node])] for node in shapes}
+    if samples > 1 and shapes:
+        for parity in (0, 1):
+            silenced = torch.arange(samples, device=logits.device) % 2 == parity
+            half = column.masked_fill(silenced[:, None], 0.0)
+            for node, (delta,) in zip(shapes, deltas(logits, list(shapes), half[None]), strict=True):
+                fitting[node] = [
+                    order for order in fitting[node] if not bool(Layout(samples, order).front(delta)[silenced].any())
+                ]
+    return {node: Layout(samples, orders[0]) if orders else None for node, orders in fitting.items()}
+
+
+def no_layout(use: Use, samples: int) -> NoRuleError:
+    """The error of a use whose samples were not found."""
+    return NoRuleError(
+        f"parameter {use.parameter} {use.shape} is used by {use.operation} on a tensor {use.output_shape} in which the "
+        f"{samples} samples lie on no axis by themselves: they influence each other, or are folded in an unknown way, "
+        "and no curvature rule covers that; put the batch axis first, or measure with batches of one sample"
+    )
+
+
+def bytes_of(node: Node) -> int:
+    """Bytes of δ at a node's output, one column."""
+    meta = node._input_metadata[0]
+    return int(math.prod(meta.shape) * meta.dtype.itemsize)

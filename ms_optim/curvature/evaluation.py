@@ -8,6 +8,7 @@ mode (early in training the running ones are fresh or stale and describe another
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -19,8 +20,71 @@ from torch.nn.modules.batchnorm import _BatchNorm
 Statistics = Literal["running", "batch", "training"]
 
 
+class BatchStatistics:
+    """The statistics that BatchNorms take from the batch instead of their buffers.
+
+    As long as the model sees whole batches they are computed as it runs.  To run it on parts of a batch with the
+    statistics of the whole, one pass over the whole is recorded, and every pass over a part replays it.
+
+    Args:
+        norms: The modules that take their statistics from the batch.
+
+    Attributes:
+        of_batch: Whether there are any.
+    """
+
+    def __init__(self, norms: list[_BatchNorm]) -> None:
+        self.of_batch = bool(norms)
+        self._recorded: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
+        self._used: dict[nn.Module, int] = {}
+        self._mode: Literal["live", "record", "replay"] = "live"
+        self._hooks = [norm.register_forward_pre_hook(self._before) for norm in norms]
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Forward passes inside are of the whole batch; those afterwards replay its statistics."""
+        self._recorded, self._mode = {}, "record"
+        yield
+        self._mode = "replay"
+
+    def rewind(self) -> None:
+        """A pass over the next part begins."""
+        self._used = {}
+
+    def forget(self) -> None:
+        """The batch is done."""
+        self._recorded, self._mode = {}, "live"
+
+    def remove(self) -> None:
+        """Leave the modules."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _before(self, norm: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Give a BatchNorm in evaluation mode these statistics in place of its buffers (which are put back)."""
+        if self._mode == "replay":
+            call = self._used.get(norm, 0)
+            self._used[norm] = call + 1
+            mean, variance = self._recorded[norm][call]
+        else:
+            x: Tensor = inputs[0]
+            with torch.no_grad():
+                axes = [axis for axis in range(x.ndim) if axis != 1]
+                wide = x.float() if x.dtype in (torch.half, torch.bfloat16) else x
+                variance, mean = torch.var_mean(wide, axes, correction=0)
+                # Kernels want them in the type of the affine parameters, if there are any.
+                affine = norm._parameters.get("weight")
+                kind = x.dtype if affine is None else affine.dtype
+                mean, variance = mean.to(kind), variance.to(kind)
+                # A variance that overflows in half precision would silently make all outputs zero.
+                variance = variance.masked_fill(variance.isinf(), math.nan)
+            if self._mode == "record":
+                self._recorded.setdefault(norm, []).append((mean, variance))
+        norm._buffers["running_mean"], norm._buffers["running_var"] = mean, variance
+
+
 @contextmanager
-def evaluation(model: nn.Module, statistics: Statistics = "running") -> Iterator[None]:
+def evaluation(model: nn.Module, statistics: Statistics = "running") -> Iterator[BatchStatistics]:
     """Run the model in evaluation mode, with gradients, and leave no trace of it.
 
     Modes, buffers and the random streams are as before on leaving, whatever happens inside; autocast is off, because
@@ -33,7 +97,7 @@ def evaluation(model: nn.Module, statistics: Statistics = "running") -> Iterator
             modules in training mode, the running ones for the others.
 
     Yields:
-        Nothing; forward passes inside see the evaluation network.
+        The statistics taken from batches; forward passes inside see the evaluation network.
 
     Raises:
         ValueError: If ``statistics`` is another word.
@@ -46,17 +110,17 @@ def evaluation(model: nn.Module, statistics: Statistics = "running") -> Iterator
     own = [norm for norm, training in norms if of_batch(training) or norm.running_mean is None]
     kept = [(norm, norm._buffers.get("running_mean"), norm._buffers.get("running_var")) for norm in own]
     buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
-    hooks = [norm.register_forward_pre_hook(_use_batch_statistics) for norm in own]
+    taken = BatchStatistics(own)
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     kind = next((p.device.type for p in model.parameters()), "cpu")
     try:
         with torch.random.fork_rng(devices=list(devices)), torch.enable_grad(), torch.autocast(kind, enabled=False):
-            for module, _ in modes:
-                module.training = False
-            yield
+            for module, training in modes:
+                if training:  # an assignment is slow, and most measurements are of models in evaluation mode
+                    module.training = False
+            yield taken
     finally:
-        for hook in hooks:
-            hook.remove()
+        taken.remove()
         for norm, mean, variance in kept:
             norm._buffers["running_mean"], norm._buffers["running_var"] = mean, variance
         with torch.no_grad():
@@ -64,13 +128,6 @@ def evaluation(model: nn.Module, statistics: Statistics = "running") -> Iterator
                 if buffer._version != version:  # a forward of the model's own wrote to it
                     buffer.copy_(kept_buffer)
         for module, training in modes:
-            module.training = training
+            if module.training is not training:
+                module.training = training
 
-
-def _use_batch_statistics(norm: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Give a BatchNorm in evaluation mode this input's statistics in place of its buffers (which are put back)."""
-    x: Tensor = inputs[0]
-    with torch.no_grad():
-        axes = [axis for axis in range(x.ndim) if axis != 1]
-        variance, mean = torch.var_mean(x.float() if x.dtype in (torch.half, torch.bfloat16) else x, axes, correction=0)
-        norm._buffers["running_mean"], norm._buffers["running_var"] = mean, variance

@@ -4,96 +4,52 @@ Autograd's graph of the logits is the one record that misses nothing: functional
 reused tensors all end in it, and every path from a parameter to the logits passes through its nodes.  Two things are
 read off it.
 
-*Sites.*  Every use of every parameter is an edge into that parameter's ``AccumulateGrad`` node.  The node at the other
+*Uses.*  Every use of every parameter is an edge into that parameter's ``AccumulateGrad`` node.  The node at the other
 end says what was done with it (``ConvolutionBackward0``, …), keeps the input that the curvature rule needs, and is the
 place where the backpropagated factor is taken: an in-place operation afterwards has a node of its own, so it does no
-harm.  A use without a rule is an error, hence no parameter is ever skipped silently.
+harm.  A node that depends on parameters alone, as far as the graph knows, is only another form of them if whatever
+takes it has a rule; then that is the use (:mod:`ms_optim.curvature.use`).  This holds even where a constant in
+it was made of the data: all samples share it.  A use without a rule is left as one, hence no parameter is ever skipped
+silently.
 
-*Kind.*  A parameter's diagonal Hessian block equals its Gauss-Newton block where the logits are piecewise linear in
-it.  Each node is piecewise linear in its inputs jointly (ReLU, pooling, sums), a product (linear in each factor), or
-neither.  Carrying the set of parameters that each tensor depends on from the leaves to the logits, a parameter loses
-the name "hessian" exactly when it enters a nonlinear slot, or two factors of one product.  What is not in the table
-counts as nonlinear: the weaker claim is always true.
+*Kind.*  Whether the logits are piecewise linear in a parameter (:mod:`ms_optim.curvature.kind`).
 
-Source: arXiv 2106.12612, section 4 (the Hessian of a ReLU network is its Gauss-Newton matrix, layer by layer).
+Source: arXiv 2106.12612, section 4; the reading of the graph is our own.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..errors import CurvatureError
+from .kind import BATCH_NORMS, nonlinear_in, union
+from .registry import entry_at
+from .use import Node, Use, derivation, operation, shape_of, transposition
 
-Node = Any  # torch.autograd.graph.Node; its saved tensors are attributes that the type does not declare
+__all__ = ["Node", "Tape", "Use", "operation", "read_tape"]
 
-_LINEAR = """
-Add Sub Rsub Neg Relu LeakyRelu RreluWithNoise Threshold Hardtanh Hardsigmoid Clamp ClampMin ClampMax Abs
-MaxPool2DWithIndices MaxPool3DWithIndices MaxPool1D AdaptiveMaxPool2D AdaptiveMaxPool3D AvgPool2D AvgPool3D
-MkldnnMaxPool2D MkldnnAdaptiveAvgPool2D AdaptiveAvgPool2D AdaptiveAvgPool3D Mean Sum Maximum Minimum Amax Amin Max Min
-View UnsafeView ReshapeAlias T Transpose Permute Expand Squeeze Unsqueeze Select Slice Index IndexSelect Gather Take
-Cat Stack Split SplitWithSizes UnsafeSplit Unbind Clone ToCopy Alias Detach ConstantPadNd ReflectionPad1D
-ReflectionPad2D ReflectionPad3D ReplicationPad1D ReplicationPad2D ReplicationPad3D UpsampleNearest1D UpsampleNearest2D
-UpsampleNearest3D UpsampleNearestExact2D UpsampleBilinear2D UpsampleBilinear2DAa UpsampleBicubic2D UpsampleTrilinear3D
-Where Flip Roll Repeat Cumsum CopySlices AsStrided Copy PixelShuffle PixelUnshuffle Unfold Im2Col Col2Im Diagonal
-Tril Triu MaskedFill MaskedSelect SelectScatter SliceScatter IndexAdd Scatter ScatterAdd AccumulateGrad Embedding
-""".split()
-
-# Node -> groups of input slots; the node is linear in each group, and a product across groups.
-_PRODUCTS: dict[str, tuple[tuple[int, ...], ...]] = {
-    "Mul": ((0,), (1,)),
-    "Mm": ((0,), (1,)),
-    "Mv": ((0,), (1,)),
-    "Bmm": ((0,), (1,)),
-    "Dot": ((0,), (1,)),
-    "Addmm": ((1,), (2,)),
-    "Addbmm": ((1,), (2,)),
-    "Baddbmm": ((1,), (2,)),
-    "Addcmul": ((1,), (2,)),
-    "Lerp": ((0, 1), (2,)),
-    "Convolution": ((0,), (1,)),
-    "PreluKernel": ((0,), (1,)),
-}
-
-# Node -> (slots it is not linear in, groups of slots that form a product).
-_NONLINEAR_SLOTS: dict[str, tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]] = {
-    "NativeLayerNorm": ((0,), ((0,), (1,))),
-    "NativeGroupNorm": ((0,), ((0,), (1,))),
-    "FusedRmsNorm": ((0,), ((0,), (1,))),
-    "Div": ((1,), ((0,), (1,))),
-}
-
-_BATCH_NORMS = ("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm")
-
-
-def operation(node: Node) -> str:
-    """The name of the operation that a node differentiates: ``"Convolution"`` for ``ConvolutionBackward0``."""
-    name = str(node.name()).rsplit("::", 1)[-1]
-    return name.rstrip("0123456789").removesuffix("Backward")
-
-
-@dataclass(frozen=True)
-class Use:
-    """One use of one parameter.
-
-    Attributes:
-        parameter: Its name in the model.
-        shape: Its shape.
-        node: The autograd node of the operation that used it.
-        operation: That operation's name.
-        slot: Which input of the operation it was.
-        transposed: Whether an odd number of transpositions stands between the parameter and the operation.
+# Operations that give row n of the first axis from row n of their inputs, provided that both have as many rows as there
+# are samples. (A view that keeps the length of the first axis keeps its rows.)
+_ROWWISE = frozenset(
     """
+Addmm Mm Relu LeakyRelu Threshold Hardtanh Gelu Silu Sigmoid Tanh Hardswish Hardsigmoid Clamp ClampMin Convolution
+MaxPool2DWithIndices MaxPool3DWithIndices AvgPool2D AvgPool3D MkldnnMaxPool2D MkldnnAdaptiveAvgPool2D AdaptiveAvgPool2D
+AdaptiveAvgPool3D AdaptiveMaxPool2D View UnsafeView ReshapeAlias Clone NativeBatchNorm CudnnBatchNorm
+""".split()
+)
+_DATA_SLOT = {"Addmm": 1, "Mm": 0, "Convolution": 0, "NativeBatchNorm": 0, "CudnnBatchNorm": 0}  # else: any
+_VIEWS = frozenset(
+    """
+AccumulateGrad View UnsafeView ReshapeAlias T Transpose Permute Expand Squeeze Unsqueeze Select Slice Alias AsStrided
+Split SplitWithSizes Unbind Detach
+""".split()
+)
 
-    parameter: str
-    shape: tuple[int, ...]
-    node: Node
-    operation: str
-    slot: int
-    transposed: bool = False
+_MATRIX_SLOTS = (("Addmm", 2), ("Mm", 1))  # where a transposed matrix is as good as the matrix
 
 
 @dataclass(frozen=True)
@@ -101,12 +57,46 @@ class Tape:
     """The uses of all parameters, and what may be said of their traces.
 
     Attributes:
-        uses: Parameter name → its uses, in the order in which autograd meets them; empty if the logits ignore it.
+        uses: Parameter name → its uses, in the order of the forward pass; empty if the logits ignore it.
         kind: Parameter name → ``"hessian"`` or ``"gauss-newton"``.
+        order: All nodes, each after those that it takes its inputs from.
     """
 
     uses: dict[str, list[Use]] = field(default_factory=dict)
     kind: dict[str, str] = field(default_factory=dict)
+    order: list[Node] = field(default_factory=list)
+
+    @cached_property
+    def rowwise(self) -> set[Node]:
+        """The nodes whose outputs provably hold one sample per row of the first axis.
+
+        A node is one if its first axis is as long as the logits' and all that is done with it down to the logits goes
+        row by row.  What is not proved is only doubtful; :func:`ms_optim.curvature.backprop.find_layouts` looks at it.
+        """
+        samples = shape_of(self.order[-1])[0]
+        safe = {self.order[-1]}
+        doubtful: set[Node] = set()
+        for node in reversed(self.order):
+            name = operation(node)
+            rows = name in _ROWWISE and node in safe and node not in doubtful
+            if name in BATCH_NORMS and node._saved_training:
+                rows = False
+            for slot, (source, output) in enumerate(node.next_functions):
+                if source is None or not source._input_metadata:
+                    continue
+                shape = shape_of(source, output)
+                kept = rows and _DATA_SLOT.get(name, slot) == slot and len(shape) > 0 and shape[0] == samples
+                (safe if kept else doubtful).add(source)
+        return safe - doubtful
+
+    @cached_property
+    def activation_bytes(self) -> int:
+        """An upper bound on what autograd keeps of the forward pass: the outputs of all nodes that are no views."""
+        total = 0
+        for node in self.order:
+            if operation(node) not in _VIEWS:
+                total += sum(math.prod(meta.shape) * meta.dtype.itemsize for meta in node._input_metadata[:1])
+        return total
 
 
 def read_tape(logits: Tensor, parameters: Mapping[str, Tensor]) -> Tape:
@@ -124,100 +114,163 @@ def read_tape(logits: Tensor, parameters: Mapping[str, Tensor]) -> Tape:
             through the statistics of the batch, so that samples are not independent.
     """
     names = {id(tensor): name for name, tensor in parameters.items()}
+    inputs = _inputs_first(logits.grad_fn)
     bits = {name: 1 << i for i, name in enumerate(parameters)}
+    reader = _Reader(inputs, names, logits.shape[0] if logits.ndim else 1)
     uses: dict[str, list[Use]] = {name: [] for name in parameters}
     depends: dict[Node, int] = {}
     tainted = 0
-    for node in _inputs_first(logits.grad_fn):
-        name = operation(node)
-        if name == "AccumulateGrad":
-            depends[node] = bits.get(names.get(id(node.variable), ""), 0)
+    for node, sources in inputs.items():
+        if node in reader.leaves:
+            name = names.get(id(node.variable))
+            depends[node] = 0 if name is None else bits[name]
+            if name is not None:
+                uses[name] = reader.uses(name, node)
             continue
-        slots = [0 if source is None else depends[source] for source, _ in node.next_functions]
-        depends[node] = _union(slots)
-        tainted |= _tainted(node, name, slots)
-        if _transposed_leaf(node) is not None:
-            continue  # only another view of a parameter; whatever takes it is the use
-        for slot, (source, _) in enumerate(node.next_functions):
-            leaf, transposed = _transposed_leaf(source) or (source, False)
-            if leaf is not None and operation(leaf) == "AccumulateGrad":
-                parameter = names.get(id(leaf.variable))
-                if parameter is not None:
-                    shape = tuple(leaf.variable.shape)
-                    uses[parameter].append(Use(parameter, shape, node, name, slot, transposed))
+        slots = [0 if source is None else depends[source] for source, _ in sources]
+        depends[node] = union(slots)
+        tainted |= nonlinear_in(node, reader.operations[node], slots, reader.samples, node in reader.derived)
     kind = {name: "gauss-newton" if tainted & bit else "hessian" for name, bit in bits.items()}
-    return Tape(uses, kind)
+    return Tape(uses, kind, list(inputs))
 
 
-def _inputs_first(root: Node | None) -> list[Node]:
-    """All nodes below ``root``, each after every node that it takes its inputs from."""
-    order: list[Node] = []
-    seen: set[Node] = set()
+def _inputs_first(root: Node | None) -> dict[Node, tuple[tuple[Node | None, int], ...]]:
+    """All nodes below ``root``, each after every node that it takes its inputs from, with these and their outputs."""
+    order: dict[Node, tuple[tuple[Node | None, int], ...]] = {}
+    seen: dict[Node, tuple[tuple[Node | None, int], ...]] = {}
     stack: list[tuple[Node, bool]] = [] if root is None else [(root, False)]
     while stack:
         node, done = stack.pop()
         if done:
-            order.append(node)
+            order[node] = seen[node]
         elif node not in seen:
-            seen.add(node)
+            seen[node] = node.next_functions
             stack.append((node, True))
-            stack.extend((source, False) for source, _ in node.next_functions if source is not None)
+            stack.extend((source, False) for source, _ in seen[node] if source is not None)
     return order
 
 
-def _transposed_leaf(node: Node | None) -> tuple[Node, bool] | None:
-    """The leaf matrix under a chain of ``.t()``, ``.T``, ``.mT``, and whether their number is odd; else ``None``."""
-    odd, links = False, 0
-    while node is not None and operation(node) in ("T", "Transpose", "Permute"):
-        if len(node._input_metadata[0].shape) != 2:
-            return None
-        # Autograd saves axes as unsigned numbers, -1 as 2⁶⁴ − 1; of two axes the parity tells which it is.
-        if operation(node) == "Transpose":
-            odd ^= (node._saved_dim0 - node._saved_dim1) % 2 == 1
-        else:
-            odd ^= operation(node) == "T" or node._saved_dims[0] % 2 == 1
-        node, links = node.next_functions[0][0], links + 1
-    return (node, odd) if links and node is not None and operation(node) == "AccumulateGrad" else None
+class _Reader:
+    """Decides which nodes are only other forms of parameters.
 
+    A node is *derived* if everything it takes is a parameter or derived, and everything that takes it has a rule for
+    what it takes or is derived in turn: the largest set of nodes of which this is true.  Of one sample alone nothing
+    can be told from a parameter, but nothing needs to be: there an operation with a rule is the use.
 
-def _union(masks: list[int]) -> int:
-    """The parameters in any of the masks."""
-    total = 0
-    for mask in masks:
-        total |= mask
-    return total
+    Args:
+        inputs: All nodes, inputs first, with their inputs.
+        names: id of a parameter → its name.
+        samples: N.
 
+    Attributes:
+        samples: N.
+        operations: Node → its operation.
+        leaves: The nodes of parameters, whether asked for or not.
+        derived: The derived nodes.
+    """
 
-def _tainted(node: Node, name: str, slots: list[int]) -> int:
-    """The parameters in which this node is not piecewise linear, given what each of its inputs depends on."""
-    if name in _LINEAR:
-        return 0
-    if name in _PRODUCTS:
-        return _overlap(slots, _PRODUCTS[name])
-    if name in _BATCH_NORMS:
-        if node._saved_training:
-            raise CurvatureError(
-                "a normalisation differentiates through statistics of its own input: a functional batch_norm with "
-                "training=True, where one sample's logits depend on the others, or an InstanceNorm, which no rule "
-                "covers; use nn.BatchNorm modules, whose statistics we hold fixed, or GroupNorm(C, C) per instance"
-            )
-        return _overlap(slots, ((0,), (1,)))
-    if name in _NONLINEAR_SLOTS:
-        nonlinear, groups = _NONLINEAR_SLOTS[name]
-        return _union([slots[i] for i in nonlinear if i < len(slots)]) | _overlap(slots, groups)
-    if name == "CheckpointFunction":
-        raise CurvatureError(
-            "reentrant activation checkpointing hides the parameters inside it from autograd's graph; "
-            "call torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or switch checkpointing off"
+    def __init__(
+        self,
+        inputs: Mapping[Node, tuple[tuple[Node | None, int], ...]],
+        names: Mapping[int, str],
+        samples: int,
+    ) -> None:
+        self.samples, self.inputs = samples, inputs
+        self.operations = {node: operation(node) for node in inputs}
+        self.consumers: dict[Node, list[tuple[Node, int, int]]] = {node: [] for node in inputs}
+        self.leaves: set[Node] = set()
+        self.derived: set[Node] = set()
+        for node, sources in inputs.items():
+            if self.operations[node] == "AccumulateGrad":
+                if id(node.variable) in names or isinstance(node.variable, nn.Parameter):
+                    self.leaves.add(node)
+                continue
+            alone = False
+            for slot, (source, output) in enumerate(sources):
+                if source is not None:
+                    self.consumers[source].append((node, slot, output))
+                    alone = True
+            if alone and self._takes_parameters_alone(node):
+                self.derived.add(node)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Remove nodes until all that are left are only other forms of parameters."""
+        doubtful: list[Node] = []
+        for node in reversed(self.inputs):  # whatever takes a node has been looked at before it
+            if node in self.derived and not self._serves(node):
+                self.derived.remove(node)
+                doubtful.extend(taker for taker, _, _ in self.consumers[node] if taker in self.derived)
+        while doubtful:
+            node = doubtful.pop()
+            if node in self.derived and not (self._takes_parameters_alone(node) and self._serves(node)):
+                self.derived.remove(node)
+                doubtful.extend(source for source, _ in self.inputs[node] if source in self.derived)
+                doubtful.extend(taker for taker, _, _ in self.consumers[node] if taker in self.derived)
+
+    def _takes_parameters_alone(self, node: Node) -> bool:
+        """Whether all that a node takes are parameters or derived."""
+        return all(
+            source is None or source in self.derived or source in self.leaves for source, _ in self.inputs[node]
         )
-    return _union(slots)
 
+    def _serves(self, node: Node) -> bool:
+        """Whether everything that takes a node has a rule for it; of one sample, whether the node itself has none."""
+        takers = self.consumers[node]
+        for taker, slot, output in takers:
+            if taker not in self.derived and not self._has_rule(taker, slot, node, output):
+                return False
+        if self.samples > 1:
+            return bool(takers)
+        edges = [(slot, *edge) for slot, edge in enumerate(self.inputs[node]) if edge[0] is not None]
+        return bool(takers) and not all(self._has_rule(node, slot, source, output) for slot, source, output in edges)
 
-def _overlap(slots: list[int], groups: tuple[tuple[int, ...], ...]) -> int:
-    """The parameters that stand in more than one factor of a product."""
-    seen = shared = 0
-    for group in groups:
-        mask = _union([slots[i] for i in group if i < len(slots)])
-        shared |= seen & mask
-        seen |= mask
-    return shared
+    def _has_rule(self, taker: Node, slot: int, node: Node, output: int) -> bool:
+        """Whether there is a rule for an output of a node as if it were a parameter."""
+        entry = entry_at(self.operations[taker], slot)
+        return entry is not None and entry.covers(self._use("", taker, slot, node, output))
+
+    def uses(self, name: str, leaf: Node) -> list[Use]:
+        """All uses of the parameter at a leaf, the last of the forward pass last."""
+        found: list[tuple[Node, int, Use]] = []
+        seen = {leaf}
+        stack = [leaf]
+        while stack:
+            node = stack.pop()
+            for taker, slot, output in self.consumers[node]:
+                if taker not in self.derived:
+                    found.append((node, output, self._use(name, taker, slot, node, output)))
+                elif taker not in seen:
+                    seen.add(taker)
+                    stack.append(taker)
+        if len(found) > 1:
+            position = {node: i for i, node in enumerate(self.inputs)}
+            found.sort(key=lambda each: (position[each[2].node], each[2].slot))
+        return [self._of_parameter(use, node, output, leaf) for node, output, use in found]
+
+    def _use(self, name: str, taker: Node, slot: int, node: Node, output: int) -> Use:
+        """The use of an output of a node as if it were a parameter."""
+        kind = self.operations[taker]
+        node, output = self._unexpanded(kind, slot, node, output)
+        shape = tuple(node.variable.shape) if self.operations[node] == "AccumulateGrad" else shape_of(node, output)
+        return Use(name, shape, taker, kind, slot, samples=self.samples, source=node)
+
+    def _of_parameter(self, use: Use, node: Node, output: int, leaf: Node) -> Use:
+        """The use with the way from the parameter to it."""
+        node, output = self._unexpanded(use.operation, use.slot, node, output)
+        if node is leaf:
+            return use
+        odd = transposition(node, leaf) if (use.operation, use.slot) in _MATRIX_SLOTS else None
+        if odd is not None:
+            return replace(use, shape=tuple(leaf.variable.shape), transposed=odd)
+        return replace(use, derivation=derivation(node, output, leaf))
+
+    def _unexpanded(self, taker: str, slot: int, node: Node, output: int) -> tuple[Node, int]:
+        """What an expansion was made of, before an operation that broadcasts."""
+        entry = entry_at(taker, slot)
+        if entry is not None and entry.broadcasts:
+            while self.operations[node] == "Expand":
+                source, output = self.inputs[node][0]
+                assert source is not None
+                node = source
+        return node, output

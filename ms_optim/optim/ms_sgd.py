@@ -30,7 +30,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..curvature.trace import weighted_trace
+from ..curvature.weighted import weighted_trace
 from ..errors import NonFiniteWarning, OptimizerError
 from .engine import Plan, SharpnessAware
 from .requirements import Rebalance

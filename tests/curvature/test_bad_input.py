@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from curvature.agreement import assert_same
 from curvature.random_networks import small_mlp
 from curvature.undisturbed import assert_undisturbed, snapshot
 from torch import nn
@@ -12,6 +13,7 @@ from torch.utils.data import TensorDataset
 
 from ms_optim.curvature import hessian_trace
 from ms_optim.errors import CurvatureError, DataError, UnsupportedError
+from ms_optim.reference import curvature as oracle
 
 
 class Functional(nn.Module):
@@ -74,65 +76,11 @@ BAD_MODELS = {
     "a tuple of outputs": (lambda m, x: (x @ m.w, x), {"w": (5, 3)}, DataError, "returned a tuple"),
     "detached logits": (lambda m, x: (x @ m.w).detach(), {"w": (5, 3)}, CurvatureError, "not in autograd's graph"),
     "overflow": (lambda m, x: (x @ m.w) * math.inf, {"w": (5, 3)}, DataError, "logits of batch 0 are not finite"),
-    "an embedding": (
-        lambda m, x: F.linear(F.embedding(x.argmax(1), m.table), m.head),
-        {"table": (5, 3), "head": (3, 3)},
-        CurvatureError,
-        r"table \(5, 3\) is used by Embedding",
-    ),
-    "a bias table": (
-        lambda m, x: F.linear(x + m.table[x.argmax(1)], m.head),
-        {"table": (5, 5), "head": (3, 5)},
-        CurvatureError,
-        r"table \(5, 5\) is used by Index",
-    ),
-    "a layer scale": (
-        lambda m, x: F.linear(x * m.gamma, m.head),
-        {"gamma": (5,), "head": (3, 5)},
-        CurvatureError,
-        r"gamma \(5,\) is used by Mul",
-    ),
-    "a number plus one": (
-        lambda m, x: F.linear(x, m.head) * (1 + m.scale),
-        {"scale": (), "head": (3, 5)},
-        CurvatureError,
-        r"scale \(\) is added to a number",
-    ),
-    "a vector plus one": (
-        lambda m, x: F.linear(x[:, :4] * (1 + m.gamma), m.head),
-        {"gamma": (4,), "head": (3, 4)},
-        CurvatureError,
-        r"gamma \(4,\) is used by Add",
-    ),
     "a parameter along the batch": (
         lambda m, x: F.linear(x + m.rows, m.head),
         {"rows": (4, 5), "head": (3, 5)},
         CurvatureError,
-        r"rows \(4, 5\).*first axis",
-    ),
-    "a PReLU slope": (
-        lambda m, x: F.linear(F.prelu(x, m.slope), m.head),
-        {"slope": (5,), "head": (3, 5)},
-        CurvatureError,
-        "slope",
-    ),
-    "a transposed convolution": (
-        lambda m, x: F.conv_transpose1d(x[:, None], m.kernel).flatten(1),
-        {"kernel": (1, 2, 2)},
-        CurvatureError,
-        "kernel is the weight of a transposed convolution",
-    ),
-    "a sequence first": (
-        lambda m, x: F.linear(F.relu(F.linear(x.view(4, -1, 1).transpose(0, 1), m.w)), m.head).mean(0),
-        {"w": (3, 1), "head": (3, 3)},
-        CurvatureError,
-        r"parameter \w+ \(3, \d\) is used by Mm on a tensor whose first axis \(20\).*sequence-first",
-    ),
-    "one position of a sequence first": (
-        lambda m, x: F.linear(F.linear(x[:2].view(2, -1, 1).transpose(0, 1)[:2], m.w)[0], m.head),
-        {"w": (3, 1), "head": (3, 3)},
-        CurvatureError,
-        r"parameter w \(3, 1\) is used by Mm on a tensor whose first axis \(4\)",
+        r"parameter rows \(4, 5\) is used by Add \(input 1\)",
     ),
     "samples that attend to each other": (
         lambda m, x: F.linear(F.linear(x.view(4, 5, 1), m.w).flip(0), m.head).mean(1),
@@ -144,38 +92,26 @@ BAD_MODELS = {
         lambda m, x: F.linear(F.linear(x[:3].reshape(5, 3), m.w)[:4], m.head),
         {"w": (3, 3), "head": (3, 3)},
         CurvatureError,
-        "w is used by Mm on a first axis of 5, which is no multiple of the batch's 4 samples",
+        r"parameter w \(3, 3\) is used by T .*no curvature rule covers it",
     ),
     "a layer norm over the batch": (
         lambda m, x: F.linear(F.layer_norm(x, x.shape, m.gamma), m.head),
         {"gamma": (4, 5), "head": (3, 5)},
         CurvatureError,
-        "gamma .*the batch among them",
+        r"parameter gamma \(4, 5\) is used by NativeLayerNorm",
     ),
     "a batch norm in training": (
         lambda m, x: F.batch_norm(F.linear(x, m.w), None, None, training=True),
         {"w": (3, 5)},
         CurvatureError,
-        "statistics of its own input",
-    ),
-    "an instance norm": (
-        lambda m, x: F.instance_norm(F.linear(x, m.w)[:, None]).flatten(1),
-        {"w": (3, 5)},
-        CurvatureError,
-        "InstanceNorm",
+        "differentiates through the statistics of a batch",
     ),
     "reentrant checkpoints": (reentrant, {"table": (4, 5), "head": (3, 4)}, CurvatureError, "use_reentrant=False"),
     "addmm with a factor": (
         lambda m, x: torch.addmm(m.b, x, m.w, alpha=2.0),
         {"b": (3,), "w": (5, 3)},
         CurvatureError,
-        "addmm with alpha=2",
-    ),
-    "addition with a factor": (
-        lambda m, x: torch.add(F.linear(x, m.w), m.b, alpha=2),
-        {"b": (3,), "w": (3, 5)},
-        CurvatureError,
-        "b .* alpha=2",
+        r"parameter b \(3,\) is used by Addmm \(input 0\)",
     ),
 }
 
@@ -188,19 +124,55 @@ def test_what_cannot_be_measured_is_named_and_nothing_changed(case):
     x = torch.randn(4, 5)
     before = snapshot(model)
     with pytest.raises(error, match=message):
-        hessian_trace(model, x)
+        hessian_trace(model, x, generic=False)
     assert_undisturbed(model, before)
 
 
-def test_layout_is_checked_on_the_first_batch_that_can_show_it():
-    sequence_first = Functional(
-        lambda m, x: F.linear(F.linear(x[:, :, None].transpose(0, 1), m.w), m.head).mean(0),
-        w=rand(3, 1),
-        head=rand(3, 3),
-    )
-    with pytest.raises(CurvatureError, match="first axis"):
-        hessian_trace(sequence_first, [rand(1, 5), rand(4, 5)])
-    assert hessian_trace(sequence_first, rand(1, 5)).samples == 1
+# What cannot be measured without a rule can neither be split into samples, which the generic path would have to do.
+UNSPLITTABLE = {
+    "a parameter along the batch": ("rows", r"fails on 2 of 4 rows \(RuntimeError"),
+    "samples that attend to each other": ("w", "fails on 2 of 4 rows"),
+    "positions that no sample owns": ("w", "fails on 2 of 4 rows"),
+    "a layer norm over the batch": ("gamma", "fails on 2 of 4 rows"),
+}
+
+
+@pytest.mark.parametrize("case", UNSPLITTABLE)
+def test_what_has_no_rule_and_cannot_be_split_is_named_with_the_generic_path_too(case):
+    function, shapes, *_ = BAD_MODELS[case]
+    name, message = UNSPLITTABLE[case]
+    model, x = Functional(function, **{name: torch.randn(shape) for name, shape in shapes.items()}), torch.randn(4, 5)
+    before = snapshot(model)
+    with pytest.raises(CurvatureError, match=f"Functional {message}.*generic path needs it for {name}") as caught:
+        hessian_trace(model, x)
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    assert_undisturbed(model, before)
+
+
+def fold(m, x):
+    return F.linear(F.relu(F.linear(x.view(len(x), -1, 1).transpose(0, 1), m.w)), m.head).mean(0)
+
+
+MEASURED = {
+    "a sequence first": (fold, {"w": (3, 1), "head": (3, 3)}),
+    "one position of a sequence first": (
+        lambda m, x: F.linear(F.linear(x.view(len(x), -1, 1).transpose(0, 1)[:2], m.w)[0], m.head),
+        {"w": (3, 1), "head": (3, 3)},
+    ),
+    "an instance norm": (lambda m, x: F.instance_norm(F.linear(x, m.w)[:, None]).flatten(1), {"w": (3, 5)}),
+    "addmm with a factor": (lambda m, x: torch.addmm(m.b, x, m.w, alpha=2.0), {"b": (3,), "w": (5, 3)}),
+}
+
+
+@pytest.mark.parametrize("case", MEASURED)
+def test_what_looks_odd_and_is_no_reason_to_refuse_is_measured(case):
+    function, shapes = MEASURED[case]
+    model, x = Functional(function, **{name: torch.randn(shape) for name, shape in shapes.items()}), torch.randn(4, 5)
+    expected = oracle.gauss_newton_traces(model, x)
+    assert_same(hessian_trace(model, x), expected)
+    # Where the samples are is found in the first batch that can show it, and known from then on.
+    for sizes in ([1, 3], [3, 1], [2, 2]):
+        assert_same(hessian_trace(model, list(x.split(sizes))), expected)
 
 
 def test_non_finite_weights_are_refused():
@@ -229,9 +201,15 @@ def test_a_model_without_trainable_parameters_is_refused():
 
 def test_wrong_options_are_refused():
     model, x = small_mlp(), torch.randn(4, 5)
-    with pytest.raises(ValueError, match=r"columns must be >= 0 or None, got -1"):
+    with pytest.raises(ValueError, match=r"columns must be >= 0, 'rank' or None, got -1"):
         hessian_trace(model, x, columns=-1)
-    with pytest.raises(UnsupportedError, match="loss='mse'"):
-        hessian_trace(model, x, loss="mse")
+    with pytest.raises(UnsupportedError, match="hinge"):
+        hessian_trace(model, x, loss="hinge")
+    wrong = ({"probes": 0}, {"tolerance": 0.0}, {"tolerance": math.inf}, {"tolerance": math.nan}, {"max_memory": 0})
+    for options in (*wrong, {"columns": "all"}, {"columns": 2.0}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            hessian_trace(model, x, **options)
+    with pytest.raises(ValueError, match="leaves none to add"):
+        hessian_trace(model, x, columns="rank", tolerance=0.1)
     with pytest.raises(ValueError, match="statistics must be 'running', 'batch' or 'training', got 'fresh'"):
         hessian_trace(model, x, statistics="fresh")

@@ -142,3 +142,74 @@ def test_training_statistics_are_those_of_each_modules_own_mode():
         assert not torch.allclose(model(x), reference)
     with evaluation(model, "running"):
         assert not torch.allclose(model(x), reference)
+
+
+def pieces_of(model, x, statistics, sizes):
+    """The outputs of parts of a batch with the statistics of the whole."""
+    with evaluation(model, statistics) as taken, torch.no_grad():
+        with taken.recording():
+            whole = model(x)
+        found = []
+        for part in x.split(sizes):
+            taken.rewind()
+            found.append(model(part))
+        taken.forget()
+        live = model(x[:3])
+    return taken.of_batch, whole, torch.cat(found), live
+
+
+@pytest.mark.parametrize("statistics", ["running", "batch", "training"])
+@pytest.mark.parametrize("sizes", [1, 2, 5])
+def test_parts_of_a_batch_replay_the_statistics_of_the_whole(statistics, sizes):
+    model, x = network(), 1 + torch.randn(5, 2, 4)
+    before = buffers(model)
+    of_batch, whole, found, live = pieces_of(model, x, statistics, sizes)
+    torch.testing.assert_close(found, whole, rtol=1e-12, atol=1e-12)
+    assert of_batch == (statistics != "running")
+    # Once forgotten, a batch has its own statistics again.
+    assert torch.allclose(live, whole[:3]) == (statistics == "running")
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_each_use_of_a_batch_norm_replays_its_own_statistics():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, x):
+            return self.norm(self.norm(x).square() + 3.0 * x)
+
+    model, x = Twice(), torch.randn(6, 3)
+    _, whole, found, _ = pieces_of(model, x, "batch", 2)
+    torch.testing.assert_close(found, whole, rtol=1e-12, atol=1e-12)
+    with evaluation(model, "batch"):
+        assert torch.equal(model(x), whole)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 0.005), (torch.bfloat16, 0.04)])
+@pytest.mark.parametrize("affine", [True, False])
+def test_low_precision_statistics_are_summed_in_single_precision(dtype, tolerance, affine):
+    model, x = nn.BatchNorm1d(3, affine=affine).to(dtype), (200 * torch.randn(4096, 3)).to(dtype)  # Σ x² overflows
+    with evaluation(model, "batch"), torch.no_grad():
+        found = model(x)
+    assert found.dtype == dtype
+    expected = F.batch_norm(x.double(), None, None, training=True)
+    assert float((found.double() - expected).abs().max()) < tolerance * float(expected.abs().max())
+
+
+def test_a_variance_that_overflows_is_not_silent():
+    model, x = nn.BatchNorm1d(3).half(), (300 * torch.randn(64, 3)).half()
+    with evaluation(model, "batch"), torch.no_grad():
+        assert bool(model(x).isnan().all())
+
+
+def test_a_failure_while_recording_leaves_nothing():
+    model, x = network(), torch.randn(5, 2, 4)
+    before = buffers(model)
+    with pytest.raises(KeyError), evaluation(model, "batch") as taken, taken.recording():
+        model(x)
+        raise KeyError("inside")
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    assert not any(module._forward_pre_hooks for module in model.modules())

@@ -6,12 +6,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from ms_optim.curvature import contraction as contractions
-from ms_optim.curvature import layers
-from ms_optim.curvature.backprop import deltas, require_separate_samples
-from ms_optim.curvature.contraction import Columns, wide
-from ms_optim.curvature.layers import contraction, curvature_rule
+from ms_optim.curvature import registry
+from ms_optim.curvature.backprop import deltas
+from ms_optim.curvature.contraction import Piece, wide
+from ms_optim.curvature.layers import contraction, curvature_rule, has_rule
+from ms_optim.curvature.layout import Layout
 from ms_optim.curvature.tape import read_tape
-from ms_optim.errors import CurvatureError
+from ms_optim.errors import NoRuleError
 
 N, C = 3, 2
 
@@ -88,94 +89,124 @@ def gradients_by_autograd(logits, parameter, columns):
     return torch.stack(rows).unflatten(0, (C, N))
 
 
+def assert_sums_are_those(rule, delta, gradients):
+    """Trace and diagonal of δ in two pieces, and the norm in one, are those of gradients ``[C, N, *W.shape]``."""
+    for make, sums in (
+        (rule.trace, gradients.flatten(2).square().sum((0, 2)) if gradients.ndim > 2 else gradients.square().sum(0)),
+        (rule.diagonal, gradients.square().sum((0, 1))),
+    ):
+        for columns in (C, 50):  # the number that is announced decides the route only
+            accumulator = make(columns)
+            accumulator.add(Piece(delta[:1]))
+            accumulator.add(Piece(delta[1:]))
+            torch.testing.assert_close(accumulator.result(), sums, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(rule.squared_norm(delta), gradients.square().sum(), rtol=1e-12, atol=0.0)
+
+
 @pytest.mark.parametrize("case", RULES)
 def test_gradients_of_a_rule_are_those_of_autograd(case, monkeypatch):
     logits, parameters, columns = drawn(case)
     for name, (use,) in read_tape(logits, parameters).uses.items():
         (delta,) = deltas(logits, [use.node], columns)
-        at, rule = Columns([delta[:1], delta[1:]]), contraction(use, N)
+        rule = contraction(use, Layout(N))
         expected = gradients_by_autograd(logits, parameters[name], columns)
-        torch.testing.assert_close(rule.gradients(at), expected, rtol=1e-10, atol=1e-12)
-        squares = expected.square().sum()
-        torch.testing.assert_close(rule.squared_norm(at), squares, rtol=1e-12, atol=0.0)
+        torch.testing.assert_close(rule.gradients(delta), expected, rtol=1e-10, atol=1e-12)
+        assert_sums_are_those(rule, delta, expected)
         monkeypatch.setattr(contractions, "_CHUNK_BYTES", 1)  # one sample at a time
-        torch.testing.assert_close(rule.squared_norm(at), squares, rtol=1e-12, atol=0.0)
+        assert_sums_are_those(rule, delta, expected)
 
 
 @pytest.mark.parametrize("case", ["linear over many positions", "linear over positions", "pointwise convolution"])
 def test_direct_and_gram_routes_agree(case, monkeypatch):
     logits, parameters, columns = drawn(case)
     (use,) = read_tape(logits, parameters).uses["w"]
-    at, rule = Columns(list(deltas(logits, [use.node], columns))), contraction(use, N)
-    expected = gradients_by_autograd(logits, parameters["w"], columns).square().sum()
-    g, o, i, v = rule.sizes
-    for claimed in (0, v, 10**6):  # positions: 0 makes both routes free (direct), many make Gram matrices dear
-        rule.sizes = (g, o, i, claimed)
-        torch.testing.assert_close(rule.squared_norm(at), expected, rtol=1e-12, atol=0.0)
-    rule.sizes = (g, 10**3, 10**3, 1)  # and huge layers make them cheap
-    torch.testing.assert_close(rule.squared_norm(at), expected, rtol=1e-12, atol=0.0)
+    (delta,) = deltas(logits, [use.node], columns)
+    expected = gradients_by_autograd(logits, parameters["w"], columns)
+    for gram in (False, True):
+        monkeypatch.setattr(contractions.Outer, "prefers_gram", lambda self, columns, gram=gram: gram)
+        assert_sums_are_those(contraction(use, Layout(N)), delta, expected)
 
 
-def test_the_cheaper_route_is_taken(monkeypatch):
-    products = []
-    square_sum = lambda tensor: products.append(tensor.shape) or tensor.square().sum()  # noqa: E731
-    monkeypatch.setattr(contractions, "_square_sum", square_sum)
-    for positions, outputs, direct in ((30, 2, True), (2, 30, False)):
+def test_the_cheaper_route_is_taken():
+    for positions, outputs, gram in ((30, 2, False), (2, 30, True)):
         x, w = torch.randn(N, positions, outputs, requires_grad=True), nn.Parameter(torch.randn(outputs, outputs))
-        logits = F.linear(x, w).mean(1)
-        (use,) = read_tape(logits, {"w": w}).uses["w"]
-        (delta,) = deltas(logits, [use.node], torch.randn(1, N, outputs))
-        products.clear()
-        contraction(use, N).squared_norm(Columns([delta]))
-        assert bool(products) == direct
-
-
-def test_what_a_linear_weight_and_its_bias_share_is_computed_once(monkeypatch):
-    logits, parameters, columns = drawn("linear")
-    uses = read_tape(logits, parameters).uses
-    (delta,) = deltas(logits, [uses["w"][0].node], columns)
-    at = Columns([delta])
-    first = at.row_squares
-    assert at.row_squares is first
-    torch.testing.assert_close(first, delta.square().sum((0, 2)))
+        (use,) = read_tape(F.linear(x, w).mean(1), {"w": w}).uses["w"]
+        assert contraction(use, Layout(N)).prefers_gram(1) == gram
 
 
 def test_half_precision_is_widened_before_it_is_squared():
     x = torch.full((2, 2), 300.0, dtype=torch.float16)
     assert wide(x).dtype == torch.float32 and wide(x.double()).dtype == torch.float64
-    assert float(Columns([x[None]]).row_squares[0]) == 2 * 300.0**2  # beyond 65504, the largest of half precision
+    assert float(Piece(x[None]).row_norms.square().sum()) == pytest.approx(4 * 300.0**2)  # beyond half precision
+
+
+# Another form of a parameter must not cost more than the parameter: name → (forward of x [N, 5], shape).
+REARRANGED = {
+    "a reshaped kernel": (lambda x, w: F.linear(x, w.view(4, 5)), (20,)),
+    "a convolution's kernel as a matrix": (lambda x, w: F.linear(x, w.flatten(1)), (4, 5, 1, 1)),
+    "a part of a matrix": (lambda x, w: F.linear(x, w[1:, 0]), (5, 2, 5)),
+    "a reflected matrix": (lambda x, w: x @ -w.permute(1, 2, 0).squeeze(0), (4, 1, 5)),
+    "a layer scale": (lambda x, w: (x.view(N, 5, 1, 1) * w.reshape(1, -1, 1, 1)).flatten(1), (5,)),
+}
+
+
+@pytest.mark.parametrize("case", REARRANGED)
+def test_a_rearranged_parameter_goes_the_way_of_the_parameter(case, monkeypatch):
+    function, shape = REARRANGED[case]
+    x, w = torch.randn(N, 5, requires_grad=True), nn.Parameter(torch.randn(shape))
+    logits = function(x, w)
+    (use,) = read_tape(logits, {"w": w}).uses["w"]
+    columns = torch.randn(C, *logits.shape)
+    (delta,) = deltas(logits, [use.node], columns)
+    expected = gradients_by_autograd(logits, w, columns)
+    rule = contraction(use, Layout(N))
+    assert use.derivation is not None and use.rearranged
+    torch.testing.assert_close(rule.gradients(delta), expected)
+    # Neither sum forms a gradient of a sample.
+    monkeypatch.setattr(type(rule), "gradients", lambda self, delta: pytest.fail("a gradient was formed"))
+    assert_sums_are_those(rule, delta, expected)
 
 
 def test_a_rule_can_be_registered_for_a_new_operation(monkeypatch):
-    monkeypatch.setattr(layers, "_RULES", dict(layers._RULES))
+    monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
+    x, p = torch.rand(N, 3, requires_grad=True), nn.Parameter(torch.rand(1, 3))
+    logits = torch.atan2(p, x)
+    (use,) = read_tape(logits, {"p": p}).uses["p"]
+    assert not has_rule(use)
 
-    @curvature_rule(("Mul", 1))
-    def layer_scale(use, samples):
-        return contractions.Reduced(use, samples, axes=(1,), normalised=use.node._saved_self)
+    @curvature_rule(("Atan2", 0))
+    def angle(use, layout):
+        y, x = use.node._saved_self, use.node._saved_other
+        return contractions.Reduced(use, layout, axes=(1,), factor=x / (x.square() + y.square()))
 
-    x, gamma = torch.randn(N, 3, requires_grad=True), nn.Parameter(torch.randn(3))
-    logits = x * gamma
-    (use,) = read_tape(logits, {"gamma": gamma}).uses["gamma"]
     columns = torch.randn(C, N, 3)
     (delta,) = deltas(logits, [use.node], columns)
-    expected = gradients_by_autograd(logits, gamma, columns)
-    torch.testing.assert_close(contraction(use, N).gradients(Columns([delta])), expected)
+    expected = gradients_by_autograd(logits, p, columns)
+    torch.testing.assert_close(contraction(use, Layout(N)).gradients(delta), expected)
 
 
 def test_an_operation_without_a_rule_is_named_with_its_parameter_and_path():
-    w = nn.Parameter(torch.randn(3, 3))
-    (use,) = read_tape(torch.randn(4, 3) * w.t()[0], {"w": w}).uses["w"]
-    with pytest.raises(CurvatureError, match=r"w \(3, 3\) is used by transpose -> Select \(input 0\).*curvature_rule"):
-        contraction(use, 4)
+    x, w = torch.randn(4, 3, requires_grad=True), nn.Parameter(torch.randn(3, 3))
+    # A tensor that is used in one place without a rule is not taken for another form of the parameter.
+    (use,) = read_tape(torch.atan2(x, w.t()[0]), {"w": w}).uses["w"]
+    with pytest.raises(NoRuleError, match=r"w \(3, 3\) is used by T \(input 0\).*curvature_rule"):
+        contraction(use, Layout(4))
+    (use,) = read_tape(torch.addmm(w[0], x, torch.eye(3), alpha=2), {"w": w}).uses["w"]
+    with pytest.raises(NoRuleError, match=r"used by Select \(input 0\)"):
+        contraction(use, Layout(4))
 
 
-@pytest.mark.parametrize("silent", [0, 1])
-def test_one_sample_reaching_into_the_part_of_another_is_found(silent):
-    # Row 1 belongs to sample 0's part of the axis, and only the sample that is not `silent` depends on it.
-    x, w = torch.randn(4, 3), nn.Parameter(torch.randn(3, 3))
-    rows = F.linear(x, w)
-    logits = torch.stack([rows[0], rows[3] + rows[1]] if silent == 0 else [rows[0] + rows[2], rows[3]])
-    (use,) = read_tape(logits, {"w": w}).uses["w"]
-    with pytest.raises(CurvatureError, match="influence each other"):
-        require_separate_samples(logits, [use], torch.randn(2, 3))
-    require_separate_samples(torch.stack([rows[0] + rows[1], rows[3]]), [use], torch.randn(2, 3))
+@pytest.mark.parametrize(
+    ("function", "shape"),
+    [
+        (lambda x, w: F.linear(x, w), (3, 3)),
+        (lambda x, w: F.conv1d(x[..., None], w), (3, 3, 1)),
+        (lambda x, w: F.batch_norm(x, torch.zeros(3), torch.ones(3), w), (3,)),
+        (lambda x, w: x + w, (3,)),
+    ],
+)
+def test_samples_along_the_second_axis_are_refused_where_the_channels_are(function, shape):
+    x, w = torch.randn(3, 3, requires_grad=True), nn.Parameter(torch.randn(shape))
+    (use,) = read_tape(function(x, w), {"w": w}).uses["w"]
+    with pytest.raises(NoRuleError):
+        contraction(use, Layout(3, "sequence-first"))

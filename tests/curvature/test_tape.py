@@ -166,9 +166,63 @@ def test_one_transposed_view_used_twice_is_two_uses():
     assert len(tape_of(forward, v=(3, 3)).uses["v"]) == 2
 
 
-def test_a_transposition_of_something_else_is_a_use_of_its_own():
-    (use,) = tape_of(lambda x, v: x @ (2 * v).t(), v=(3, 3)).uses["v"]
-    assert use.operation == "Mul"
+# name: (function of x [4, 3] and w, shape of w, path and slot of each use)
+DERIVED = {
+    "a multiple": (lambda x, w: x @ (2 * w).t(), (3, 3), ["Mul -> T -> Mm 1"]),
+    "a reshaped scale": (lambda x, w: x * w.view(1, 3), (3, 1), ["View -> Mul 1"]),
+    "an expanded scale": (lambda x, w: x * w.expand(4, 3), (1, 3), ["Mul 1"]),
+    "a token for every sample": (lambda x, w: F.gelu(w.expand(4, 3)), (1, 3), ["Expand 0"]),
+    "a normalised matrix": (lambda x, w: F.linear(x, w / w.norm()), (3, 3), ["Div -> T -> Mm 1"]),
+    "a sum of products": (lambda x, w: F.linear(x, w + w @ w), (3, 3), ["Add -> T -> Mm 1"]),
+    "two parts of one tensor": (
+        lambda x, w: F.linear(x, w[:3], w[3]),
+        (4, 3),
+        ["Select -> Addmm 0", "Slice -> T -> Addmm 2"],
+    ),
+    "the data as a matrix": (lambda x, w: F.relu(x @ w) @ w, (3, 3), ["Mm 1", "Mm 1"]),
+    "the data as rows that are scaled": (lambda x, w: (x * w) @ torch.eye(3), (3,), ["Mul 1"]),
+    "a form that is also used without a rule": (
+        lambda x, w: (lambda v: x @ v + torch.atan2(x, v[:1]))(w.exp()),
+        (3, 3),
+        ["Exp 0"],
+    ),
+    "a layer on another's output": (
+        lambda x, w: (lambda v: F.relu(x @ v) @ v)(2 * w),
+        (3, 3),
+        ["Mul -> Mm 1", "Mul -> Mm 1"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DERIVED)
+def test_what_takes_another_form_of_a_parameter_is_its_use(case):
+    function, shape, expected = DERIVED[case]
+    uses = tape_of(function, w=shape).uses["w"]
+    assert [f"{use.path} {use.slot}" for use in uses] == expected
+
+
+def test_a_form_made_of_several_parameters_is_a_use_of_each():
+    tape = tape_of(
+        lambda x, v, w, b: F.linear(x, v + w.t(), torch.cat([b, torch.zeros(1), b])), v=(3, 3), w=(3, 3), b=(1,)
+    )
+    paths = {name: [use.path for use in uses] for name, uses in tape.uses.items()}
+    assert paths == {"v": ["Add -> T -> Addmm"], "w": ["T -> Add -> T -> Addmm"], "b": ["Cat -> Addmm"]}
+
+
+def test_of_one_sample_the_first_operation_with_a_rule_is_the_use():
+    w, v = nn.Parameter(torch.randn(3, 3)), nn.Parameter(torch.randn(3))
+    tape = read_tape((torch.randn(1, 3) @ w + v) * v, {"w": w, "v": v})
+    assert [use.path for use in tape.uses["w"]] == ["Mm"]
+
+
+def test_a_form_below_another_use_of_its_parameter_is_not_counted_twice():
+    # Of one sample the activations look like functions of the parameters; what they are used for again is not.
+    w = nn.Parameter(torch.randn(3, 3))
+    x = torch.randn(1, 3)
+    y = F.relu(x @ w) + torch.ones(3)
+    logits = F.relu(y @ w) + y
+    (use, other) = read_tape(logits, {"w": w}).uses["w"]
+    assert use.path == other.path == "Mm"
 
 
 def test_a_parameter_that_the_logits_ignore_has_no_use_and_the_kind_of_zero():
@@ -210,6 +264,27 @@ def test_an_operation_has_the_name_of_what_it_differentiates(make, name):
 def test_statistics_of_the_batch_in_the_graph_are_refused():
     with pytest.raises(CurvatureError, match="training=True"):
         tape_of(lambda x, v: F.batch_norm(x @ v, None, None, training=True), v=(3, 3))
+
+
+def test_statistics_of_parameters_and_of_instances_are_read():
+    def standardised(x, v, w):
+        return x @ F.batch_norm(v[None], None, None, training=True)[0] @ w
+
+    assert tape_of(standardised, v=(3, 3), w=(3, 3)).kind == {"v": "gauss-newton", "w": "hessian"}
+
+    def instances(x, v, w):
+        return F.instance_norm((x @ v)[:, None]).flatten(1) @ w
+
+    assert tape_of(instances, v=(3, 3), w=(3, 3)).kind == {"v": "gauss-newton", "w": "hessian"}
+
+
+def test_rows_of_weights_are_not_rows_of_samples():
+    def forward(x, v, w):  # vᵀ w has as many rows as there are samples, and is no batch
+        return (x @ v) @ (v.t() @ w)
+
+    tape = tape_of(forward, v=(3, 4), w=(3, 4))
+    batch = [node for node in tape.rowwise if operation(node) == "Mm"]
+    assert len(batch) == 2  # the logits and x v
 
 
 def test_reentrant_checkpoints_are_refused_and_the_others_are_read():

@@ -13,7 +13,7 @@ from torch import nn
 from ms_optim.batch import Batch
 from ms_optim.curvature import logit_factor
 from ms_optim.curvature.evaluation import evaluation
-from ms_optim.curvature.trace import weighted_trace
+from ms_optim.curvature.weighted import weighted_trace
 from ms_optim.reference import curvature as oracle
 
 

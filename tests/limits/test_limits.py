@@ -11,7 +11,7 @@ from cases import CASES, Case, convnet, mlp, same, samples, train
 from torch import nn
 
 import ms_optim
-from ms_optim.curvature.trace import weighted_trace
+from ms_optim.curvature.weighted import weighted_trace
 
 cross_entropy = nn.functional.cross_entropy
 

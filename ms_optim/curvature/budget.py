@@ -1,0 +1,168 @@
+r"""The budget: how many samples and columns go together in the memory there is.
+
+Of a forward pass autograd keeps A bytes a sample, and of a group of g columns the accumulators keep k(g) bytes a
+sample; both are read off the graph of one or two samples before any work is done.  A chunk of n samples then needs
+
+    n (A + k(g) + f) + t ,
+
+f for the gradients in flight and t for the temporaries of one contraction, which are made in slices.  Neither depends
+on the number of classes, apart from the logits and the columns themselves.
+
+On a CPU a smaller chunk is taken than memory allows: what fits in the caches takes two thirds of the time of what does
+not, and fresh pages from the operating system cost as much as the arithmetic.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..errors import MemoryBudgetError
+from . import contraction as contractions
+from .backprop import bytes_of
+from .contraction import Contraction
+from .tape import Tape
+
+# Activations of as many samples as fit in this go together on a CPU, if they are at least so many that the weights,
+# which are read once for all of them, are not what is waited for.
+_CACHE_BYTES = 12 * 2**20
+_FEWEST_SAMPLES = 32
+
+# δ of as many columns as fit in this go together under vmap: on a GPU to keep it busy, on a CPU to save the overhead of
+# a call where that is what counts (larger ones push each other out of the cache).
+_TOGETHER_BYTES = {"cpu": 2 * 2**20}
+_TOGETHER_BYTES_ELSEWHERE = 256 * 2**20
+
+# The share of free memory that is taken when nothing is said.
+_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """How much goes together.
+
+    Attributes:
+        samples: n, samples in one forward pass.
+        group: g, columns that are accumulated before a contraction is finished.
+    """
+
+    samples: int
+    group: int
+
+
+def available_bytes(device: torch.device) -> int:
+    """Free memory of a device, in bytes: of a GPU with what PyTorch's allocator could reuse; else of the machine or
+    the control group that the process lives in, whichever is less.
+
+    Args:
+        device: The device.
+
+    Returns:
+        Bytes; 4 GiB where nothing can be read.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    found = []
+    try:
+        found.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                found = [1024 * int(line.split()[1])]
+    except (OSError, ValueError, AttributeError):
+        pass
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        if limit != "max":
+            used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+            found.append(max(0, int(limit) - used))
+    except (OSError, ValueError):
+        pass
+    return min(found, default=4 * 2**30)
+
+
+def default_budget(device: torch.device) -> int:
+    """The bytes that a measurement may take when nothing is said: half of what is free."""
+    return int(_SHARE * available_bytes(device))
+
+
+def columns_together(nodes: Sequence[object], device: torch.device) -> int:
+    """How many columns go under one ``vmap``.
+
+    Args:
+        nodes: The nodes at which δ of all of them will be kept.
+        device: Where.
+
+    Returns:
+        At least 1.
+    """
+    limit = _TOGETHER_BYTES.get(device.type, _TOGETHER_BYTES_ELSEWHERE)
+    return max(1, limit // max(1, sum(bytes_of(node) for node in nodes)))
+
+
+def plan_chunk(
+    tape: Tape,
+    rules: Mapping[str, Sequence[Contraction]],
+    measured: int,
+    wanted: int,
+    columns: int,
+    item: int,
+    budget: int,
+    fixed: int,
+    cached: bool,
+) -> Chunk:
+    """Choose a chunk.
+
+    Args:
+        tape: Of a forward pass of ``measured`` samples.
+        rules: Parameter name → the contractions of its uses in that pass.
+        measured: The number of samples of that pass.
+        wanted: The most samples that are of use.
+        columns: C, the number of columns to come.
+        item: Bytes of a number.
+        budget: Bytes.
+        fixed: Bytes that are needed whatever the chunk.
+        cached: Whether to stay in the processor's caches, if that is possible.
+
+    Returns:
+        The chunk with the most samples, then the most columns.
+
+    Raises:
+        MemoryBudgetError: If one sample and one column do not fit; the parameter that needs most is named.
+    """
+    activations = tape.activation_bytes / measured
+    flight = 3 * max((bytes_of(node) for node in tape.order if node._input_metadata), default=0) / measured
+    each = [rule for site in rules.values() for rule in site]
+
+    def temporary(samples: float) -> float:
+        largest = max((rule.temporary_bytes(item) for rule in each), default=0)
+        return max(largest, min(samples * largest, contractions._CHUNK_BYTES))
+
+    def per_sample(group: int) -> float:
+        return activations + flight + sum(rule.kept_bytes(group, item) for rule in each)
+
+    groups = sorted({columns, *(g for g in (1, 2, 4, 8, 16, 32, 64, 128) if g < columns)}, reverse=True)
+    best = Chunk(0, 1)
+    for group in groups:
+        samples = int((budget - fixed - temporary(1)) / per_sample(group))
+        if samples > best.samples:
+            best = Chunk(min(samples, wanted), group)
+        if best.samples >= min(wanted, _FEWEST_SAMPLES):
+            break
+    if best.samples < 1:
+        name = max(rules, key=lambda name: sum(r.kept_bytes(1, item) + r.temporary_bytes(item) for r in rules[name]))
+        own = sum(r.kept_bytes(1, item) + r.temporary_bytes(item) for r in rules[name])
+        needed = int(fixed + temporary(1) + per_sample(1)) + 1
+        raise MemoryBudgetError(
+            f"max_memory={budget} bytes is too small for one sample and one column, which need {needed} bytes; of the "
+            f"layers {name} needs most, {own} bytes beside the activations. Pass max_memory={needed} or more, or None"
+        )
+    if cached and activations > 0:
+        fits = max(_FEWEST_SAMPLES, int(_CACHE_BYTES / activations))
+        chunks = -(-wanted // min(best.samples, fits))
+        best = Chunk(-(-wanted // chunks), best.group)  # all of one size
+    return best

@@ -1,0 +1,262 @@
+r"""A reading: one forward pass, the uses found on its tape, and the squares of columns sent to them.
+
+A parameter without a rule is measured by its gradients themselves, one sample at a time (vector-Jacobian products
+under ``vmap``): exact and slow.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CurvatureError, DataError, NoRuleError
+from .backprop import Sink, backpropagate, find_layouts, no_layout
+from .budget import columns_together
+from .contraction import Accumulator, Contraction, Piece, Shared, wide
+from .layers import contraction, has_rule
+from .layout import Layout, Order
+from .loss import Loss
+from .request import Request
+from .tape import Node, Tape, Use, read_tape
+
+# Gradients of as many columns as fit in this are taken together on the generic path.
+_GRADIENT_BYTES = 64 * 2**20
+
+
+class Reading:
+    """One forward pass of one chunk, and the accumulators of its uses."""
+
+    def __init__(
+        self,
+        logits: Tensor,
+        parameters: Mapping[str, nn.Parameter],
+        request: Request,
+        orders: dict[tuple[str, int], Order],
+    ) -> None:
+        self.logits, self.parameters, self.request = logits, parameters, request
+        self.samples, self.classes = logits.shape
+        self.batchable = True  # whether columns may go together under vmap
+        self.tape: Tape = read_tape(logits, parameters)
+        self.generic: list[str] = []
+        self.rules: dict[str, list[Contraction]] = {}
+        used = {name: uses for name, uses in self.tape.uses.items() if uses}
+        layouts = self._layouts(orders, used)
+        for name, uses in used.items():
+            try:
+                self.rules[name] = [self._rule(use, layouts[use.node]) for use in uses]
+            except NoRuleError:
+                if not request.generic:
+                    raise
+                self.generic.append(name)
+        for name, rules in self.rules.items():
+            orders.update({(name, i): rule.layout.order for i, rule in enumerate(rules) if self.samples > 1})
+        self.nodes: list[Node] = list(dict.fromkeys(rule.use.node for rules in self.rules.values() for rule in rules))
+
+    def _rule(self, use: Use, layout: Layout | None) -> Contraction:
+        """The contraction of a use, if it has one."""
+        if layout is None:
+            raise no_layout(use, self.samples)
+        return contraction(use, layout)
+
+    def _layouts(
+        self, orders: Mapping[tuple[str, int], Order], used: Mapping[str, Sequence[Use]]
+    ) -> dict[Node, Layout | None]:
+        """Where the samples are: as the graph proves, as was found before, or as is found now."""
+        rowwise = self.tape.rowwise
+        layouts: dict[Node, Layout | None] = {}
+        doubtful = []
+        for name, uses in used.items():
+            for i, use in enumerate(uses):
+                if use.node in rowwise:
+                    layouts[use.node] = Layout(self.samples)
+                elif (name, i) in orders:
+                    layouts[use.node] = Layout(self.samples, orders[name, i])
+                elif has_rule(use):
+                    doubtful.append(use)
+                else:
+                    layouts[use.node] = Layout(self.samples)  # its rule, or that it has none, will say more
+        if doubtful:
+            layouts |= find_layouts(self.logits, doubtful)
+        return layouts
+
+    def sums(self, columns: Iterable[Tensor], count: int, group: int | None) -> list[Tensor]:
+        """Σ_c of the squares for some columns: ``[n]`` per parameter for traces, else the parameter's shape.
+
+        Args:
+            columns: Pieces ``[c, n, K]`` that are ``count`` columns in all.
+            count: Their number.
+            group: How many go into one accumulator; ``None``: all.
+        """
+        group = count if group is None else min(group, count)
+        total: list[Tensor] | None = None
+        for pieces in _grouped(columns, group):
+            found = self._group_sums(pieces, sum(len(piece) for piece in pieces))
+            total = found if total is None else [a + b for a, b in zip(total, found, strict=True)]
+        return total if total is not None else [self._zero(p) for p in self.parameters.values()]
+
+    def reduced(self, sums: Sequence[Tensor]) -> list[Tensor]:
+        """The sums over the chunk's samples: scalars in float64 for traces; diagonals are sums already."""
+        if self.request.entries:
+            return list(sums)
+        return list(torch.stack([s.double() for s in sums]).sum(1).unbind())
+
+    def _zero(self, parameter: Tensor) -> Tensor:
+        """No contribution."""
+        dtype = wide(parameter.detach().reshape(-1)[:0]).dtype
+        shape = parameter.shape if self.request.entries else (self.samples,)
+        return torch.zeros(shape, dtype=dtype, device=parameter.device)
+
+    def _group_sums(self, pieces: Sequence[Tensor], count: int) -> list[Tensor]:
+        """The same for columns that share their accumulators."""
+        entries = self.request.entries
+        waiting: dict[Node, list[Accumulator]] = {node: [] for node in self.nodes}
+        results: dict[str, Accumulator | Shared] = {}
+        shared: list[Shared] = []
+        for name, rules in self.rules.items():
+            if len(rules) == 1:
+                found = rules[0].diagonal(count) if entries else rules[0].trace(count)
+                results[name] = found
+                waiting[rules[0].use.node].append(found)
+                continue
+            together = Shared(entries)
+            shared.append(together)
+            results[name] = together
+            for rule in rules:
+                waiting[rule.use.node].append(together.part(rule))
+
+        def sink(accumulators: list[Accumulator]) -> Sink:
+            def take(delta: Tensor) -> None:
+                piece = Piece(delta)
+                for accumulator in accumulators:
+                    accumulator.add(piece)
+
+            return take
+
+        def after() -> None:
+            for together in shared:
+                together.flush()
+
+        if waiting:
+            sinks = {node: sink(accumulators) for node, accumulators in waiting.items()}
+            at_once = columns_together(self.nodes, self.logits.device) if self.batchable else 1
+            try:
+                backpropagate(self.logits, self.tape.order, sinks, pieces, after, at_once)
+            except RuntimeError:
+                if at_once == 1:
+                    raise
+                self.batchable = False  # an operation that vmap cannot batch: everything once more, column by column
+                return self._group_sums(pieces, count)
+        if self.generic:
+            parameters = [self.parameters[name] for name in self.generic]
+            kept = self.tape.activation_bytes + sum(p.numel() * p.element_size() for p in parameters)
+            gradients = _Gradients(self.logits, parameters, entries, max(1, _GRADIENT_BYTES // kept))
+            for piece in pieces:
+                gradients.add(piece)
+            results |= dict(zip(self.generic, gradients.parts(), strict=True))
+        return [
+            results[name].result() if name in results else self._zero(p) for name, p in self.parameters.items()
+        ]
+
+
+class _Gradients:
+    """The generic path: gradients of one sample's logits, and their squares.
+
+    Args:
+        logits: ``[1, K]``.
+        parameters: The parameters.
+        entries: Whether the squares are wanted one by one, rather than summed.
+        together: How many columns may go together.
+    """
+
+    def __init__(self, logits: Tensor, parameters: Sequence[Tensor], entries: bool, together: int) -> None:
+        assert len(logits) == 1  # gradients of several samples would be added before they are squared
+        self.logits, self.parameters, self.entries, self.together = logits, parameters, entries, together
+        self.totals: list[Tensor] | None = None
+
+    def add(self, columns: Tensor) -> None:
+        """Take ``[c, 1, K]``."""
+        for part in columns.to(self.logits.dtype).split(self.together):
+            squares = [wide(g).square() for g in self._gradients(part)]
+            squares = [s.sum(0) if self.entries else s.sum()[None] for s in squares]
+            self.totals = squares if self.totals is None else [a + b for a, b in zip(self.totals, squares, strict=True)]
+
+    def _gradients(self, columns: Tensor) -> Sequence[Tensor]:
+        """``[c, *parameter.shape]`` for each parameter."""
+        try:
+            return torch.autograd.grad(self.logits, self.parameters, columns, retain_graph=True, is_grads_batched=True)
+        except RuntimeError:  # an operation that vmap cannot batch
+            each = [torch.autograd.grad(self.logits, self.parameters, c, retain_graph=True) for c in columns]
+            return [torch.stack(parts) for parts in zip(*each, strict=True)]
+
+    def parts(self) -> list[_Done]:
+        """One result per parameter."""
+        assert self.totals is not None
+        return [_Done(total) for total in self.totals]
+
+
+@dataclass
+class _Done(Accumulator):
+    """A sum that is ready."""
+
+    total: Tensor
+
+    def add(self, piece: Piece) -> None:
+        """Nothing more can be added."""
+        raise AssertionError("a finished sum takes no columns")
+
+    def result(self) -> Tensor:
+        """See the base class."""
+        return self.total
+
+
+def _grouped(columns: Iterable[Tensor], group: int) -> Iterator[list[Tensor]]:
+    """Pieces of columns in groups of a given number of columns."""
+    held: list[Tensor] = []
+    room = group
+    for piece in columns:
+        while len(piece):
+            part, piece = piece[:room], piece[room:]
+            held.append(part)
+            room -= len(part)
+            if room == 0:
+                yield held
+                held, room = [], group
+    if held:
+        yield held
+
+
+def finite_logits(logits: Tensor, index: int | None, loss: Loss, in_graph: bool = True) -> Tensor:
+    """Logits that are ``[N, K]``, finite and in the graph.
+
+    Args:
+        logits: What the model returned.
+        index: The batch's position, for the message.
+        loss: Says which shapes it takes.
+        in_graph: Whether they have to be in autograd's graph.
+
+    Returns:
+        ``[N, K]``.
+
+    Raises:
+        DataError: If they have another shape or are not finite.
+        CurvatureError: If they are not in the graph.
+    """
+    logits = loss.logits(logits)
+    if not math.isfinite(float(logits.detach().double().sum())):
+        bad = (~torch.isfinite(logits.detach())).any(1)
+        where = "the batch" if index is None else f"batch {index}"
+        if bool(bad.any()):  # else it is their sum that overflows
+            raise DataError(
+                f"the logits of {where} are not finite for {int(bad.sum())} of {len(bad)} samples (the first is sample "
+                f"{int(bad.int().argmax())}); the weights may have diverged, or overflow"
+            )
+    if in_graph and logits.grad_fn is None and not logits.requires_grad:
+        raise CurvatureError(
+            "the logits are not in autograd's graph (a detach, torch.no_grad or inference mode inside the model?); "
+            "the trace needs a differentiable forward pass"
+        )
+    return logits
