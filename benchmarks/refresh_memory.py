@@ -1,6 +1,6 @@
 r"""A refresh on ResNet-18 at batch 128 needs little more memory than training does.
 
-Method: see :mod:`benchmarks.harness`.  Peak resident set of a process that imports the package, builds ResNet-18 for
+Method: see :mod:`benchmarks.memory`.  Peak resident set of a process that imports the package, builds ResNet-18 for
 32×32 images and runs, on a batch of 128, one forward and backward pass, or one refresh of MSSAM (``columns=2``, the
 discovery of the scale group included), or one exact trace.
 
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import ms_optim
 from ms_optim import models
 
-from . import harness
+from . import harness, memory
 from .harness import Claim, Run
 
 CLAIMS = [
@@ -58,7 +58,7 @@ def measure(scale: str) -> list[Run]:
     """
     full, threads = scale == "cpu", torch.get_num_threads()
     return [
-        {"network": "resnet18", "contender": which, "peak_bytes": harness.peak_bytes(workload, which, full, threads)}
+        {"network": "resnet18", "contender": which, "peak_bytes": memory.peak_bytes(workload, which, full, threads)}
         for which in ("pass", "refresh", "exact")
     ]
 

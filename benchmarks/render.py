@@ -1,6 +1,10 @@
 """Tables in Markdown from raw results: claim, goal, what was measured, verdict; failures and misses included.
 
-``python -m benchmarks.render`` writes ``results/<claim>/table.md`` from the newest run of every claim.
+``python -m benchmarks.render`` writes ``results/<claim>/table.md`` from the newest run of every claim on the CPU and,
+for scripts that take ``--device cuda``, from the newest one on a GPU; what was never measured there says so.
+
+A script has ``CLAIMS``.  It may have ``details(runs)``, Markdown that follows the claims, and ``draw(runs, path)``,
+which makes the figure that its details show.
 """
 
 from __future__ import annotations
@@ -9,15 +13,18 @@ import argparse
 import importlib
 import importlib.util
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .harness import RESULTS, Claim, Run, Summary, evaluate, verdict
 
+CUDA_MISSING = "\n## CUDA: not measured\n"
+
 
 def table(name: str, environment: Mapping[str, Any], runs: Sequence[Run]) -> str:
-    """The table of one claim.
+    """The page of one claim, from one run.
 
     Args:
         name: The name of its script, which lists the claims and says how they are measured.
@@ -28,36 +35,125 @@ def table(name: str, environment: Mapping[str, Any], runs: Sequence[Run]) -> str
         Markdown.
     """
     script = importlib.import_module(f"benchmarks.{name}")
-    claims: list[Claim] = script.CLAIMS
     first = str(script.__doc__).split("\n", 1)[0]
-    machine = f"{environment['cpu']} ({environment['cpu_capability']}), {environment['threads']} threads"
+    device = environment.get("device", "cpu")
+    where = "" if device == "cpu" else f"{device}, "
+    machine = f"{where}{environment['cpu']} ({environment['cpu_capability']}), {environment['threads']} threads"
     versions = f"torch {environment['torch']}, Python {environment['python']}"
     loads = f"load average {environment['load_average_before']} before, {environment['load_average_after']} after"
+    option = "" if device == "cpu" else " --device cuda"
     lines = [
         f"# {first}",
         "",
-        f"`python -m benchmarks.{name}`: {environment['date']}, {machine}, {versions}, {loads}, commit "
+        f"`python -m benchmarks.{name}{option}`: {environment['date']}, {machine}, {versions}, {loads}, commit "
         f"{str(environment['commit'])[:10]}{' with changes' if environment['uncommitted_changes'] else ''}.",
         "",
+        *claims_table(script.CLAIMS, runs),
+    ]
+    if hasattr(script, "details"):
+        lines += ["", *script.details(runs)]
+    return "\n".join(lines) + "\n"
+
+
+def claims_table(claims: Sequence[Claim], runs: Sequence[Run]) -> list[str]:
+    """Claim, goal, what was measured, verdict.
+
+    Args:
+        claims: The rows.
+        runs: All lines of one run.
+
+    Returns:
+        Lines of Markdown.
+    """
+    lines = [
         "| network | claim | goal | measured: median [quartiles] (n) | verdict |",
         "| --- | --- | --- | --- | --- |",
     ]
     for claim in claims:
         found = evaluate(claim, runs)
         unit = " GiB" if claim.reference is None else "×"
-        goal = "" if claim.goal is None else f"≤ {claim.goal:g}{unit}"
-        cells = (claim.network, claim.text, goal, _measured(found, unit), verdict(found, claim.goal))
+        goal = "" if claim.goal is None else f"{'≥' if claim.at_least else '≤'} {claim.goal:g}{unit}"
+        cells = (claim.network, claim.text, goal, _measured(found, unit), verdict(found, claim.goal, claim.at_least))
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _measured(found: Summary | str, unit: str) -> str:
     """A summary in words."""
     if isinstance(found, str):
-        return found
-    digits = 0 if found.median >= 100 else 1 if found.median >= 20 else 2
+        known = found in ("not measured", "not installed")
+        return found if known else f"unsupported: {found.replace('|', '/')}"
+    digits = 0 if found.median >= 100 else 1 if found.median >= 20 else 2 if found.median >= 0.1 else 4
     low, high = f"{found.low:.{digits}f}", f"{found.high:.{digits}f}"
     return f"{found.median:.{digits}f}{unit} [{low}, {high}] ({found.n})"
+
+
+def side_by_side(runs: Sequence[Run], unit: str, order: Sequence[str] = ()) -> list[str]:
+    """What every contender took: seconds, the same in units of one of them, memory above model and inputs.
+
+    Args:
+        runs: All lines of one run.
+        unit: The contender that is the unit of time.
+        order: The contenders, in the order of the rows of a network; others come last.
+
+    Returns:
+        Lines of Markdown.
+    """
+    lines = [
+        f"| network | contender | seconds (n) | in units of one {unit} | MiB above model and inputs (n) |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for network in dict.fromkeys(run["network"] for run in runs):
+        names = dict.fromkeys(run["contender"] for run in runs if run["network"] == network)
+        for name in sorted(names, key=lambda name: order.index(name) if name in order else len(order)):
+            mine = [run for run in runs if (run["network"], run["contender"]) == (network, name)]
+            failed = [_measured(run["failed"], "") for run in mine if "failed" in run]
+            ratio = evaluate(Claim(network, "", name, unit), runs)
+            cells = [
+                _median([run["seconds"] for run in mine if "seconds" in run]) or "".join(failed),
+                _measured(ratio, "×") if isinstance(ratio, Summary) else "",
+                _median([run["peak_bytes"] / 2**20 for run in mine if "peak_bytes" in run]),
+            ]
+            if any(cells):
+                if cells[0] and failed and not cells[2] and cells[0] not in failed:
+                    cells[2] = failed[0]  # fast enough, but its own process failed
+                lines.append(f"| {network} | {name} | {' | '.join(cell or '—' for cell in cells)} |")
+    methods = sorted({run["method"] for run in runs if "method" in run})
+    return [*lines, "", f"Peak memory by {', '.join(methods)}."] if methods else lines
+
+
+def _median(values: Sequence[float]) -> str:
+    """The median and how many there are; nothing if there are none."""
+    return f"{statistics.median(values):.3g} ({len(values)})" if values else ""
+
+
+def pages(name: str, folder: Path) -> str:
+    """The page of one claim from its newest runs, on the CPU first.
+
+    Args:
+        name: The name of its script.
+        folder: Its folder of results.
+
+    Returns:
+        Markdown; a figure is written beside the runs that it shows.
+    """
+    script = importlib.import_module(f"benchmarks.{name}")
+    found = {path.parent for path in folder.glob("*/runs.jsonl")}
+    parts = []
+    for device in getattr(script, "DEVICES", ("cpu",)):
+        mine = [path for path in found if ("_cuda_" in path.name) == (device == "cuda")]
+        if not mine:
+            parts.append(CUDA_MISSING if device == "cuda" else "")
+            continue
+        newest = max(mine, key=lambda path: path.name)
+        runs = [json.loads(line) for line in (newest / "runs.jsonl").read_text().splitlines()]
+        environment = json.loads((newest / "environment.json").read_text())
+        text = table(name, environment, runs)
+        if hasattr(script, "draw"):
+            script.draw(runs, newest / "figure.svg")
+            text += f"\n![{str(script.__doc__).splitlines()[0]}]({newest.name}/figure.svg)\n"
+        parts.append(text if device == "cpu" else f"\n#{text}")
+    return "".join(parts)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -73,10 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         script = importlib.util.find_spec(f"benchmarks.{folder.name}")
         if script is None or not hasattr(importlib.import_module(script.name), "CLAIMS"):
             continue  # the demo or a sweep, which has no goal and draws a table of its own
-        newest = max(folder.glob("*/runs.jsonl"), key=lambda path: path.parent.name).parent
-        runs = [json.loads(line) for line in (newest / "runs.jsonl").read_text().splitlines()]
-        environment = json.loads((newest / "environment.json").read_text())
-        (folder / "table.md").write_text(table(folder.name, environment, runs))
+        (folder / "table.md").write_text(pages(folder.name, folder))
 
 
 if __name__ == "__main__":

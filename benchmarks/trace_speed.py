@@ -16,17 +16,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from ms_optim import hessian_trace, models
 from ms_optim.reference.curvature import paper_traces
 
 from . import harness
+from .contenders import BACKPACK, PASS, backpack_diagonal, training_pass
 from .harness import Claim, Contender, Run
 
-PASS = "forward + backward"
-BACKPACK = "BackPACK DiagGGNExact"
 PAPER = "K + 1 backward passes per sample, an eighth of the batch"
 
 CLAIMS = [
@@ -39,36 +37,6 @@ CLAIMS = [
         Claim(network, "the paper's algorithm, K + 1 passes per sample", {PAPER: 8.0}, PASS),
     )
 ]
-
-
-def training_pass(model: nn.Module, x: Tensor, y: Tensor) -> Contender:
-    """One forward and backward pass of the training loss."""
-
-    def run() -> None:
-        model.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-
-    return run
-
-
-def backpack_diagonal(model: nn.Sequential, x: Tensor, y: Tensor) -> Contender | None:
-    """BackPACK's exact Gauss-Newton diagonal of a copy of the network; ``None`` where it is not installed."""
-    try:
-        from backpack import backpack, extend  # type: ignore[import-not-found, unused-ignore]
-        from backpack.extensions import DiagGGNExact  # type: ignore[import-not-found, unused-ignore]
-    except ImportError:
-        return None
-    model = extend(model)
-    loss = extend(nn.CrossEntropyLoss())
-
-    def run() -> None:
-        model.zero_grad()
-        with backpack(DiagGGNExact()):
-            loss(model(x), y).backward()
-        for parameter in model.parameters():
-            del parameter.diag_ggn_exact
-
-    return run
 
 
 def measure(scale: str) -> list[Run]:
@@ -97,11 +65,10 @@ def measure(scale: str) -> list[Run]:
             "columns=2": lambda model=model, x=x: hessian_trace(model, x, columns=2),
             PAPER: lambda model=model, x=x: paper_traces(model, x[: max(1, len(x) // 8)]),
         }
-        peer = backpack_diagonal(other, x, y)
-        if peer is None:
+        try:
+            contenders[BACKPACK] = backpack_diagonal()(other, x, y)
+        except ModuleNotFoundError:
             runs.append(harness.missing(network, BACKPACK))
-        else:
-            contenders[BACKPACK] = peer
         runs += harness.paired(network, contenders, rounds[network], slow={PAPER: 1}, budget=75)
     return runs
 
