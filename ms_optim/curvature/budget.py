@@ -14,6 +14,7 @@ not, and fresh pages from the operating system cost as much as the arithmetic.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -142,8 +143,11 @@ def plan_chunk(
         largest = max((rule.temporary_bytes(item) for rule in each), default=0)
         return max(largest, min(samples * largest, contractions._CHUNK_BYTES))
 
+    # A parameter with several uses has its gradients formed, for one column at a time, before they are squared.
+    formed = sum(2 * item * math.prod(site[0].use.shape) for site in rules.values() if len(site) > 1)
+
     def per_sample(group: int) -> float:
-        return activations + flight + sum(rule.kept_bytes(group, item) for rule in each)
+        return activations + flight + formed + sum(rule.kept_bytes(group, item) for rule in each)
 
     groups = sorted({columns, *(g for g in (1, 2, 4, 8, 16, 32, 64, 128) if g < columns)}, reverse=True)
     best = Chunk(0, 1)

@@ -21,9 +21,8 @@ from ..errors import CurvatureError, MsOptimError
 from .budget import Chunk, default_budget, plan_chunk
 from .contraction import wide
 from .evaluation import BatchStatistics, evaluation
-from .layout import Order
 from .parallel import ProcessGroup, agree_on_success, own_generator, sum_over_ranks
-from .reading import Reading, finite_logits
+from .reading import Orders, Reading, finite_logits
 from .request import Request, Totals
 from .scheme import Scheme
 
@@ -125,7 +124,7 @@ class _Walk:
         self.model, self.parameters, self.request = model, parameters, request
         self.totals = self.running = totals  # running: with what the present batch has given so far
         self.scheme = Scheme(request, totals)
-        self.orders: dict[tuple[str, int], Order] = {}
+        self.orders: Orders = {}
         self.compared = False
         self.chunk: Chunk | None = None
         self.shapes: list[tuple[int, ...]] = []

@@ -27,6 +27,10 @@ from .tape import Node, Tape, Use, read_tape
 _GRADIENT_BYTES = 64 * 2**20
 
 
+# Parameter, index and path of a use -> where its samples were found, and the positions of each that were there.
+Orders = dict[tuple[str, int, str], tuple[Order, int]]
+
+
 class Reading:
     """One forward pass of one chunk, and the accumulators of its uses."""
 
@@ -35,7 +39,7 @@ class Reading:
         logits: Tensor,
         parameters: Mapping[str, nn.Parameter],
         request: Request,
-        orders: dict[tuple[str, int], Order],
+        orders: Orders,
     ) -> None:
         self.logits, self.parameters, self.request = logits, parameters, request
         self.samples, self.classes = logits.shape
@@ -52,8 +56,11 @@ class Reading:
                 if not request.generic:
                     raise
                 self.generic.append(name)
-        for name, rules in self.rules.items():
-            orders.update({(name, i): rule.layout.order for i, rule in enumerate(rules) if self.samples > 1})
+        if self.samples > 1:  # one alone shows nothing
+            for name, rules in self.rules.items():
+                for i, rule in enumerate(rules):
+                    found = rule.layout.order, rule.layout.times(rule.use.output_shape)
+                    orders[name, i, rule.use.path] = found
         self.nodes: list[Node] = list(dict.fromkeys(rule.use.node for rules in self.rules.values() for rule in rules))
 
     def _rule(self, use: Use, layout: Layout | None) -> Contraction:
@@ -62,19 +69,18 @@ class Reading:
             raise no_layout(use, self.samples)
         return contraction(use, layout)
 
-    def _layouts(
-        self, orders: Mapping[tuple[str, int], Order], used: Mapping[str, Sequence[Use]]
-    ) -> dict[Node, Layout | None]:
+    def _layouts(self, orders: Orders, used: Mapping[str, Sequence[Use]]) -> dict[Node, Layout | None]:
         """Where the samples are: as the graph proves, as was found before, or as is found now."""
         rowwise = self.tape.rowwise
         layouts: dict[Node, Layout | None] = {}
         doubtful = []
         for name, uses in used.items():
             for i, use in enumerate(uses):
+                order, times = orders.get((name, i, use.path), (None, 0))
                 if use.node in rowwise:
                     layouts[use.node] = Layout(self.samples)
-                elif (name, i) in orders:
-                    layouts[use.node] = Layout(self.samples, orders[name, i])
+                elif order is not None and Layout(self.samples, order).holds(use.output_shape, times):
+                    layouts[use.node] = Layout(self.samples, order)
                 elif has_rule(use):
                     doubtful.append(use)
                 else:

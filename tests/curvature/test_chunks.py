@@ -1,10 +1,12 @@
 """A batch in pieces gives what it gives whole, in the memory there is, and what cannot be in pieces is refused."""
 
+import gc
 import os
 import re
 import subprocess
 import sys
 import textwrap
+import weakref
 from pathlib import Path
 
 import pytest
@@ -355,6 +357,29 @@ def test_columns_are_made_in_pieces_whatever_the_number_of_classes(monkeypatch):
         assert max(largest) <= 2**16 and sum(largest) == 8 * (classes - 1) * 8 * classes
     monkeypatch.setattr(scheme, "_COLUMN_BYTES", 2**40)
     assert_equal_results(hessian_trace(model, x), results[400])
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize("options", [{}, {"columns": 0, "probes": 2}, {"tolerance": 0.1}])
+def test_a_graph_is_gone_before_the_next_forward_pass(measure, options, monkeypatch):
+    living = weakref.WeakSet()
+    original = measurement.Reading.__init__
+
+    def init(self, *args):
+        living.add(self)
+        original(self, *args)
+
+    monkeypatch.setattr(measurement.Reading, "__init__", init)
+    monkeypatch.setattr(measurement, "plan_chunk", lambda *args, **options: budget.Chunk(3, 2))
+    model, x = small_mlp(), torch.randn(10, 5)
+    at_forward = []
+    model.register_forward_pre_hook(lambda module, args: at_forward.append(len(living)))
+    gc.disable()  # by reference counts alone
+    try:
+        measure(model, [x, x], max_memory=1, **options)
+    finally:
+        gc.enable()
+    assert len(at_forward) > 8 and not any(at_forward)
 
 
 PEAK = """

@@ -255,3 +255,29 @@ def test_the_operations_of_a_gpu_have_the_traces_of_the_cpu(kind):
     found = hessian_trace(model.cuda(), x.cuda())
     assert expected.generic == found.generic == ()
     assert list(found.values()) == pytest.approx(list(expected.values()), rel=1e-9)
+
+
+class PositionMajor(nn.Module):
+    """Tokens folded before the samples, ``[T·N, features]``."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.scale = nn.Linear(2, 3), nn.Parameter(torch.randn(3))
+        self.second = nn.Linear(3, 3)
+
+    def forward(self, x):
+        rows = x.transpose(0, 1).reshape(-1, 2)
+        rows = F.relu(self.first(rows)) * self.scale
+        return self.second(rows).reshape(x.shape[1], x.shape[0], -1).square().sum(0)
+
+
+@pytest.mark.parametrize("lengths", [(1, 4), (4, 1), (1, 2, 3), (2, 1, 2)])
+def test_batches_of_other_lengths_are_looked_at_again(lengths):
+    # One position fits every layout, so what such a batch shows must not be believed of the others.
+    torch.manual_seed(0)
+    model = PositionMajor()
+    batches = [torch.randn(3, length, 2) for length in lengths]
+    traces = hessian_trace(model, batches, generic=False)
+    each = [oracle.gauss_newton_traces(model, x) for x in batches]
+    for name in traces:
+        assert traces[name] == pytest.approx(sum(one[name] for one in each) / len(each), rel=1e-10)
