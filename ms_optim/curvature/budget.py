@@ -23,10 +23,10 @@ from pathlib import Path
 import torch
 
 from ..errors import MemoryBudgetError
-from . import contraction as contractions
-from .backprop import bytes_of
-from .contraction import Contraction
-from .tape import Tape
+from .graph.backprop import bytes_of
+from .graph.tape import Tape
+from .rules import contraction as contractions
+from .rules.contraction import Contraction
 
 # Activations of as many samples as fit in this go together on a CPU, if they are at least so many that the weights,
 # which are read once for all of them, are not what is waited for.
@@ -56,8 +56,10 @@ class Chunk:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Free memory of a device, in bytes: of a GPU with what PyTorch's allocator could reuse; else of the machine or
-    the control group that the process lives in, whichever is less.
+    """Free memory of a device.
+
+    Of a GPU with what PyTorch's allocator could reuse; else of the machine, or of the control group that the process
+    lives in, whichever is less.
 
     Args:
         device: The device.
@@ -157,6 +159,12 @@ def plan_chunk(
             best = Chunk(min(samples, wanted), group)
         if best.samples >= min(wanted, _FEWEST_SAMPLES):
             break
+    if best.samples < 1 and not rules:
+        needed = int(fixed + per_sample(1)) + 1
+        raise MemoryBudgetError(
+            f"max_memory={budget} bytes is too small for one sample and one column, which need {needed} bytes for "
+            f"activations and gradients; pass max_memory={needed} or more, or None"
+        )
     if best.samples < 1:
         name = max(rules, key=lambda name: sum(r.kept_bytes(1, item) + r.temporary_bytes(item) for r in rules[name]))
         own = sum(r.kept_bytes(1, item) + r.temporary_bytes(item) for r in rules[name])

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from ..errors import CurvatureError
 from .evaluation import Statistics
+from .losses.named_loss import loss_of
 from .measurement import measure
-from .named_loss import loss_of
 from .parallel import ProcessGroup, unwrapped
 from .request import Columns, Request, Totals, checked_request, trainable
 
@@ -102,7 +102,7 @@ def hessian_diagonal(
         generator: Draws the signs.
         probes: m ≥ 1; from 2 on the standard error of every entry is known.
         tolerance: If given, columns are added until √(Σ_j se_j²) ≤ tolerance · √(Σ_j d_j²) for every parameter: the
-            error relative to the diagonal in the Euclidean norm.
+            error relative to the diagonal in the Euclidean norm; judged as in :func:`ms_optim.hessian_trace`.
         generic: Whether parameters without a curvature rule are measured by gradients per sample.
         max_memory: Bytes; the diagonals themselves come on top.
         process_group: Sum over its ranks.

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from ..batch import Batch, batches
 from ..errors import CurvatureError, MsOptimError
 from .budget import Chunk, default_budget, plan_chunk
-from .contraction import wide
 from .evaluation import BatchStatistics, evaluation
 from .parallel import ProcessGroup, agree_on_success, own_generator, sum_over_ranks
 from .reading import Orders, Reading, finite_logits
 from .request import Request, Totals
+from .rules.contraction import wide
 from .scheme import Scheme
 
 # A batch of up to this many samples and bytes of inputs is not planned for unless a budget is given: reading one more
@@ -229,6 +229,7 @@ class _Walk:
             raise self._unsplittable(_rows(few, reading.samples))
         device, item = reading.logits.device, reading.logits.element_size()
         entries = sum(v.numel() * v.element_size() for v in self.totals.values.values()) if request.entries else 0
+        generic = 2 * item * sum(self.parameters[name].numel() for name in reading.generic)
         self.chunk = plan_chunk(
             reading.tape,
             {name: rules for name, rules in reading.rules.items() if rules},
@@ -237,7 +238,7 @@ class _Walk:
             columns=self.scheme.columns(reading.classes),
             item=item,
             budget=default_budget(device) if request.max_memory is None else request.max_memory,
-            fixed=4 * entries + 4 * samples * reading.classes * item,
+            fixed=generic + 4 * entries + 4 * samples * reading.classes * item,
             cached=not statistics.of_batch and device.type == "cpu",
         )
         if request.max_memory is None:

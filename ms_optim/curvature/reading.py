@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CurvatureError, DataError, NoRuleError
-from .backprop import Sink, backpropagate, find_layouts, no_layout
 from .budget import columns_together
-from .contraction import Accumulator, Contraction, Piece, Shared, wide
-from .layers import contraction, has_rule
-from .layout import Layout, Order
-from .loss import Loss
+from .graph.backprop import Sink, backpropagate, find_layouts, no_layout
+from .graph.layout import Layout, Order
+from .graph.tape import Node, Tape, Use, read_tape
+from .losses.loss import Loss
 from .request import Request
-from .tape import Node, Tape, Use, read_tape
+from .rules.contraction import Accumulator, Contraction, Piece, Shared, wide
+from .rules.layers import contraction, has_rule
 
 # Gradients of as many columns as fit in this are taken together on the generic path.
 _GRADIENT_BYTES = 64 * 2**20

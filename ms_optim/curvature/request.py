@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import CurvatureError
 from .evaluation import Statistics
-from .loss import Loss
+from .losses.loss import Loss
 
 Columns = int | Literal["rank"] | None
 

@@ -4,8 +4,8 @@ r"""Schemes: which columns of S are sent, and what is made of them.
 * *rank*: the leading ones, as many as represent P to rounding (proved from p before they are sent).
 * *sampled*: the r leading columns of each sample and m independent signed columns for the rest, whose mean is unbiased
   and whose scatter gives the standard error.
-* *adaptive*: r grows until the standard error, found with signed columns of its own, is below a tolerance; the
-  estimate is then made with fresh ones, so that stopping does not bias it.
+* *adaptive*: r grows until the standard error, found with signed columns of its own, is below a tolerance with some
+  margin; the estimate and its standard error are then made with fresh ones, so that stopping biases neither.
 
 Source: our own; P and its columns as in arXiv 2106.12612, Prop. 1.
 """
@@ -18,9 +18,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .contraction import wide
 from .reading import Reading
 from .request import Request, Totals
+from .rules.contraction import wide
+
+# Columns are added until the pilot's variance is this part of what is tolerated: a variance of few signs is itself
+# uncertain, and was selected for being small.
+_MARGIN = 0.5
 
 # Columns of S are made for as many classes and samples as fit in this, and then the next.
 _COLUMN_BYTES = 16 * 2**20
@@ -148,11 +152,10 @@ class Scheme:
                 new = reading.sums(self._columns(logits, done, columns), columns - done, group)
                 base = new if base is None else _added(base, new)
             sent, done = sent + columns - done + probes, columns
-            pilot, variance = scatter(columns)
-            if self._precise(pilot, variance):
+            if self._precise(*scatter(columns)):
                 self._begin = max(1, columns - 1)
-                value, _ = scatter(columns)  # the pilot was selected for looking precise; these signs were not
-                return Estimate(value, variance, sent + probes)
+                # Those signs were selected for looking precise; these are not, nor is what they say of their error.
+                return Estimate(*scatter(columns), sent + probes)
             columns = max(columns + 1, 2 * columns)
         self._begin = max(1, done)
         rest = self._exact(reading, done, rank, group)
@@ -160,14 +163,14 @@ class Scheme:
         return Estimate(values, rest.variances, sent + rest.columns)
 
     def _precise(self, values: Sequence[Tensor], variances: Sequence[Tensor]) -> bool:
-        """Whether, with this chunk, every parameter's relative standard error is within the tolerance."""
+        """Whether, with this chunk, every parameter's relative standard error is well within the tolerance."""
         totals, tolerance = self.totals, self.request.tolerance
         assert totals.variances is not None and tolerance is not None
         excess = []
         for name, value, variance in zip(totals.values, values, variances, strict=True):
             total, spread = totals.values[name] + value, totals.variances[name] + variance
             # Of a diagonal the whole is judged, in the Euclidean norm: single entries may be as good as zero.
-            excess.append((spread.sum() - tolerance**2 * total.square().sum()).double())
+            excess.append((spread.sum() - _MARGIN * tolerance**2 * total.square().sum()).double())
         return bool(torch.stack(excess).max() <= 0)
 
 

@@ -24,8 +24,8 @@ from torch import nn
 
 from ..errors import CurvatureError
 from .evaluation import Statistics
+from .losses.named_loss import loss_of
 from .measurement import measure
-from .named_loss import loss_of
 from .parallel import ProcessGroup, unwrapped
 from .request import Columns, Request, Totals, checked_request, trainable
 
@@ -116,17 +116,17 @@ def hessian_trace(
             at most ε Σ_i Tr P_i of Σ_i Tr P_i, computed from p beforehand, with ε of the logits' precision. (That is a
             bound on P, not on each trace: it is multiplied by the largest ‖J_i‖² there.)
         loss: ``"cross_entropy"``, ``"bce_with_logits"``, ``"mse"``, or torch's module for one of them, whose
-            ``reduction`` counts; see :func:`ms_optim.curvature.named_loss.loss_of` for constants and what is refused.
-            Label smoothing changes nothing: it moves only the part of the loss that is linear in the logits.
+            ``reduction`` counts; :func:`ms_optim.curvature.losses.named_loss.loss_of` says which constants they have
+            and what is refused. Label smoothing changes nothing: it moves only what is linear in the logits.
         statistics: BatchNorm's: the ``"running"`` ones, those of each ``"batch"``, or those that a forward pass in the
             model's present modes uses (``"training"``), always held constant.
         generator: Draws the signs; by default a fresh one with a fixed seed, so that the same call gives the same
             numbers.
         probes: m ≥ 1, independent signed columns per sample; from 2 on :attr:`LayerTraces.standard_error` is known.
         tolerance: If given, columns are added (beginning with ``columns`` or 1) until the standard error of every
-            parameter's running trace is below this part of it; ``probes`` is at least 2 then. That error is found with
-            signs of its own, so that the trace is unbiased; having been the first that was small enough, it is itself
-            a little optimistic (for few samples and probes by up to a third).
+            parameter's running trace is well below this part of it; ``probes`` is at least 2 then. That is judged with
+            signs of its own; the trace and the error that is reported are of fresh ones, so that both are unbiased
+            (and the error may, seldom, be above the tolerance).
         generic: Whether parameters without a curvature rule are measured by gradients per sample: exact, but one
             forward pass for each sample. If not, they are an error.
         max_memory: Bytes that may be taken for activations, columns and temporaries. ``None``: half of what is free.

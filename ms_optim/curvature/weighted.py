@@ -1,8 +1,8 @@
 r"""The weighted trace as a penalty: an unbiased estimate of Σ_p w_p c_p that can be differentiated.
 
-One signed column s with E s sᵀ = P is sent to the outputs of the layers with a graph of its own, and Σ_p w_p ‖sᵀ J_p‖² is
-formed there; a backward pass through all of it is the gradient of the penalty.  The column depends on the
-probabilities, and that dependence is part of the gradient.
+One signed column s with E s sᵀ = P is sent to the outputs of the layers with a graph of its own, and
+Σ_p w_p ‖sᵀ J_p‖² is formed there; a backward pass through all of it is the gradient of the penalty.  The column depends
+on the probabilities, and that dependence is part of the gradient.
 
 Source: derived from arXiv 2106.12612, Prop. 1.
 """
@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..batch import Batch
-from .backprop import deltas, find_layouts, no_layout
 from .evaluation import Statistics, evaluation
-from .layers import contraction
-from .layout import Layout
-from .loss import Loss
-from .named_loss import loss_of
+from .graph.backprop import deltas, find_layouts, no_layout
+from .graph.layout import Layout
+from .graph.tape import read_tape
+from .losses.loss import Loss
+from .losses.named_loss import loss_of
 from .reading import finite_logits
 from .request import trainable
-from .tape import read_tape
+from .rules.layers import contraction
 
 
 def weighted_trace(
@@ -37,8 +37,8 @@ def weighted_trace(
 ) -> Tensor:
     r"""An unbiased, differentiable estimate of Σ_p w_p c_p from one signed column s, E s sᵀ = P.
 
-    To be called inside :func:`~ms_optim.curvature.evaluation.evaluation`, where it may be differentiated with respect to
-    the parameters.
+    To be called inside :func:`~ms_optim.curvature.evaluation.evaluation`, where it may be differentiated with respect
+    to the parameters.
 
     Args:
         model: The model.

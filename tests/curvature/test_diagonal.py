@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from zoo import ZOO
 
-from ms_optim.curvature import contraction as contractions
 from ms_optim.curvature import hessian_diagonal, hessian_trace
+from ms_optim.curvature.rules import contraction as contractions
 from ms_optim.errors import CurvatureError, UnsupportedError
 from ms_optim.reference import curvature as oracle
 

@@ -11,13 +11,13 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ms_optim.batch import Batch
-from ms_optim.curvature import contraction as contractions
 from ms_optim.curvature import hessian_diagonal, hessian_trace
-from ms_optim.curvature.contraction import Piece
 from ms_optim.curvature.evaluation import evaluation
-from ms_optim.curvature.layers import contraction
-from ms_optim.curvature.layout import Layout
-from ms_optim.curvature.tape import read_tape
+from ms_optim.curvature.graph.layout import Layout
+from ms_optim.curvature.graph.tape import read_tape
+from ms_optim.curvature.rules import contraction as contractions
+from ms_optim.curvature.rules.contraction import Piece
+from ms_optim.curvature.rules.layers import contraction
 from ms_optim.curvature.weighted import weighted_trace
 from ms_optim.errors import CurvatureError
 from ms_optim.reference import curvature as oracle

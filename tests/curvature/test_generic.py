@@ -8,7 +8,8 @@ from curvature.undisturbed import assert_undisturbed, snapshot
 from torch import nn
 from torch.nn import functional as F
 
-from ms_optim.curvature import hessian_diagonal, hessian_trace, measurement, reading, registry
+from ms_optim.curvature import hessian_diagonal, hessian_trace, measurement, reading
+from ms_optim.curvature.graph import registry
 from ms_optim.errors import CurvatureError, NoRuleError
 from ms_optim.reference import curvature as oracle
 

@@ -5,13 +5,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ms_optim.curvature import contraction as contractions
-from ms_optim.curvature import registry
-from ms_optim.curvature.backprop import deltas
-from ms_optim.curvature.contraction import Piece, wide
-from ms_optim.curvature.layers import contraction, curvature_rule, has_rule
-from ms_optim.curvature.layout import Layout
-from ms_optim.curvature.tape import read_tape
+from ms_optim.curvature.graph import registry
+from ms_optim.curvature.graph.backprop import deltas
+from ms_optim.curvature.graph.layout import Layout
+from ms_optim.curvature.graph.tape import read_tape
+from ms_optim.curvature.rules import contraction as contractions
+from ms_optim.curvature.rules.contraction import Piece, wide
+from ms_optim.curvature.rules.layers import contraction, curvature_rule, has_rule
 from ms_optim.errors import NoRuleError
 
 N, C = 3, 2

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ms_optim.curvature import logit_factor
-from ms_optim.curvature.logit_factor import exact_columns, probe, sampled_columns, signs
+from ms_optim.curvature.losses import logit_factor
+from ms_optim.curvature.losses.logit_factor import exact_columns, probe, sampled_columns, signs
 from ms_optim.reference.curvature import factor_error, logit_hessian
 
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 
-from ms_optim.curvature.loss import BinaryCrossEntropy, CrossEntropy, SquaredError
-from ms_optim.curvature.named_loss import loss_of
+from ms_optim.curvature.losses.loss import BinaryCrossEntropy, CrossEntropy, SquaredError
+from ms_optim.curvature.losses.named_loss import loss_of
 from ms_optim.errors import DataError, UnsupportedError
 
 LOSSES = [

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ms_optim.curvature.tape import operation, read_tape
+from ms_optim.curvature.graph.tape import operation, read_tape
 from ms_optim.errors import CurvatureError
 
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from zoo import ZOO
 
 from ms_optim.curvature import budget, hessian_trace, scheme
-from ms_optim.curvature import contraction as contractions
+from ms_optim.curvature.rules import contraction as contractions
 from ms_optim.reference import curvature as oracle
 
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from torch import nn
 
 from ms_optim.batch import Batch
-from ms_optim.curvature import logit_factor
 from ms_optim.curvature.evaluation import evaluation
+from ms_optim.curvature.losses import logit_factor
 from ms_optim.curvature.weighted import weighted_trace
 from ms_optim.reference import curvature as oracle
 

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..graph.use import Derivation, Use
 from .contraction import Accumulator, Contraction, Outer, Piece, PlainLinear, row_squares, slices, square_sum, wide
-from .use import Derivation, Use
 
 
 class Pulled(Contraction):

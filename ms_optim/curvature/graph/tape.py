@@ -8,11 +8,11 @@ read off it.
 end says what was done with it (``ConvolutionBackward0``, …), keeps the input that the curvature rule needs, and is the
 place where the backpropagated factor is taken: an in-place operation afterwards has a node of its own, so it does no
 harm.  A node that depends on parameters alone, as far as the graph knows, is only another form of them if whatever
-takes it has a rule; then that is the use (:mod:`ms_optim.curvature.use`).  This holds even where a constant in
+takes it has a rule; then that is the use (:mod:`ms_optim.curvature.graph.use`).  This holds even where a constant in
 it was made of the data: all samples share it.  A use without a rule is left as one, hence no parameter is ever skipped
 silently.
 
-*Kind.*  Whether the logits are piecewise linear in a parameter (:mod:`ms_optim.curvature.kind`).
+*Kind.*  Whether the logits are piecewise linear in a parameter (:mod:`ms_optim.curvature.graph.kind`).
 
 Source: arXiv 2106.12612, section 4; the reading of the graph is our own.
 """
@@ -71,7 +71,7 @@ class Tape:
         """The nodes whose outputs provably hold one sample per row of the first axis.
 
         A node is one if its first axis is as long as the logits' and all that is done with it down to the logits goes
-        row by row.  What is not proved is only doubtful; :func:`ms_optim.curvature.backprop.find_layouts` looks at it.
+        row by row.  What is not proved is only doubtful: :func:`~ms_optim.curvature.graph.backprop.find_layouts` looks.
         """
         samples = shape_of(self.order[-1])[0]
         safe = {self.order[-1]}

@@ -15,10 +15,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..graph.layout import Layout
+from ..graph.registry import curvature_rule, misplaced, on_broadcast
+from ..graph.use import Use
 from .contraction import Contraction, Reduced, broadcast_axes, wide
-from .layout import Layout
-from .registry import curvature_rule, misplaced, on_broadcast
-from .use import Use
 
 
 class Elementwise(Reduced):

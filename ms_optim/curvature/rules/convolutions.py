@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..graph.layout import Layout
+from ..graph.registry import curvature_rule, on_rows, require_rows
+from ..graph.use import Use
 from .contraction import Contraction, Outer, Reduced, wide
-from .layout import Layout
-from .registry import curvature_rule, on_rows, require_rows
-from .use import Use
 
 
 @curvature_rule(("Convolution", 1), covers=on_rows)

@@ -17,10 +17,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..graph.layout import Layout
+from ..graph.registry import curvature_rule, on_axis
+from ..graph.use import Use
 from .contraction import Accumulator, Contraction, Piece, wide
-from .layout import Layout
-from .registry import curvature_rule, on_axis
-from .use import Use
 
 
 class Lookup(Contraction):

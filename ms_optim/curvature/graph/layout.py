@@ -36,8 +36,10 @@ class Layout:
         return len(shape) > 0 and shape[0] % self.samples == 0
 
     def holds(self, shape: tuple[int, ...], times: int) -> bool:
-        """Whether a tensor of this shape can have this layout with T positions: with other lengths of a sequence (one
-        above all, which fits everywhere) what was found before says nothing."""
+        """Whether a tensor of this shape can have this layout with T positions.
+
+        Of another length of a sequence (one above all, which fits everywhere) what was found before says nothing.
+        """
         return self.fits(shape) and self.times(shape) == times
 
     def front(self, tensor: Tensor, lead: int = 0) -> Tensor:

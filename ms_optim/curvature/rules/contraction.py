@@ -31,16 +31,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..errors import NoRuleError
-from .layout import Layout
-from .tape import Use
+from ...errors import NoRuleError
+from ..graph.layout import Layout
+from ..graph.tape import Use
 
 # Temporaries of a contraction (unfolded inputs, products per sample) are made for as many samples as fit in this:
 # about the second-level cache. On LeNet's middle layer 5 MB takes half the time of 80 MB, which would be gone besides.
 _CHUNK_BYTES = 4 * 2**20
 
 
-# With so many rows a product with a sample's U is efficient; putting columns together for more costs more than it saves.
+# With so many rows a product with a sample's U is efficient; to put columns together for more costs what it saves.
 _ROWS = 128
 
 
@@ -242,7 +242,8 @@ class Outer(Contraction):
         layout: Of the operation's output.
         source: What U is made of, ``[N, …]``.
         unfold: Gives U as ``[n, G, V, I]`` for some samples of the source.
-        arrange: Gives δ as ``[n, G, c·O, V]`` for the columns ``[c, n, T, …]`` of the same samples, in float32 or better.
+        arrange: Gives δ as ``[n, G, c·O, V]`` for the columns ``[c, n, T, …]`` of the same samples, in float32 or
+            better.
         sizes: (G, O, I, V).
         shape: Gives g of the parameter's shape from ``[…, G, O, I]``, for a parameter laid out in another way.
     """

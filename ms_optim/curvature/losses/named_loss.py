@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnsupportedError
+from ...errors import UnsupportedError
 from .loss import BinaryCrossEntropy, CrossEntropy, Loss, SquaredError
 
 _NAMES: dict[str, type[Loss]] = {
@@ -34,8 +34,8 @@ def loss_of(loss: str | nn.Module | Loss) -> Loss:
     """The loss in what a caller names.
 
     ``reduction="mean"`` and ``"sum"`` are both exact.  Label smoothing and soft labels change nothing (see
-    :class:`~ms_optim.curvature.loss.CrossEntropy`).  A negative ``ignore_index``, as is torch's default, is no class,
-    and every sample counts.
+    :class:`~ms_optim.curvature.losses.loss.CrossEntropy`).  A negative ``ignore_index``, as is torch's default, is no
+    class, and every sample counts.
 
     Args:
         loss: ``"cross_entropy"``, ``"bce_with_logits"``, ``"mse"`` or ``"squared_error"``; a module of torch

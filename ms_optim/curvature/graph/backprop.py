@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from ..errors import NoRuleError
+from ...errors import NoRuleError
 from .layout import Layout, Order
 from .tape import Node, Use
 

@@ -1,7 +1,7 @@
 r"""Linear maps, and the way from a use to its contraction.
 
-A rule is a function from (use, layout) to a :class:`~ms_optim.curvature.contraction.Contraction`, entered in the table
-by :func:`curvature_rule` under the operation and the input slot that the parameter takes.  It says how the operation's
+A rule is a function from (use, layout) to a :class:`~.contraction.Contraction`, entered in the table by
+:func:`curvature_rule` under the operation and the input slot that the parameter takes.  It says how the operation's
 input becomes U or x̂, and the table says which uses it covers.  The rules live with their kind of layer:
 
     layers        linear maps                      U is the input
@@ -17,13 +17,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..errors import NoRuleError
+from ...errors import NoRuleError
+from ..graph.layout import Layout
+from ..graph.registry import curvature_rule, has_rule, misplaced, on_rows, require_rows, rule_of
+from ..graph.use import Use
 from . import convolutions, lookup, norms, products  # noqa: F401 - they enter their rules in the table
 from .contraction import Broadcast, Contraction, Outer, PlainLinear, Reduced, wide
-from .layout import Layout
 from .pullback import Pulled
-from .registry import curvature_rule, has_rule, misplaced, on_rows, require_rows, rule_of
-from .use import Use
 
 __all__ = ["contraction", "curvature_rule", "has_rule"]
 
@@ -46,7 +46,8 @@ def contraction(use: Use, layout: Layout) -> Contraction:
         raise NoRuleError(
             f"parameter {use.parameter} {use.shape} is used by {use.path} (input {use.slot}) with an output "
             f"{use.output_shape}; no curvature rule covers it. Register one with "
-            "ms_optim.curvature.layers.curvature_rule, or freeze the parameter (requires_grad_(False)) to leave it out"
+            "ms_optim.curvature.rules.layers.curvature_rule, or freeze the parameter (requires_grad_(False)) to leave "
+            "it out"
         )
     # One sample has all of every tensor, wherever many were found to lie in what may have been another operation.
     found = rule(use, layout if layout.samples > 1 else Layout(1))

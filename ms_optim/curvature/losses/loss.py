@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..batch import class_logits
-from ..errors import DataError, UnsupportedError
+from ...batch import class_logits
+from ...errors import DataError, UnsupportedError
 from . import logit_factor
 
 
@@ -169,23 +169,23 @@ class CrossEntropy(Loss):
         return classes - 1
 
     def exact(self, logits: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """See :func:`~ms_optim.curvature.logit_factor.exact_columns`."""
+        """See :func:`~ms_optim.curvature.losses.logit_factor.exact_columns`."""
         return logit_factor.exact_columns(logits, start, stop)
 
     def leading(self, logits: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """See :func:`~ms_optim.curvature.logit_factor.leading_columns`."""
+        """See :func:`~ms_optim.curvature.losses.logit_factor.leading_columns`."""
         return logit_factor.leading_columns(logits, start, stop)
 
     def split(self, logits: Tensor, columns: int, eps: Tensor) -> tuple[Tensor, Tensor]:
-        """See :func:`~ms_optim.curvature.logit_factor.split_columns`."""
+        """See :func:`~ms_optim.curvature.losses.logit_factor.split_columns`."""
         return logit_factor.split_columns(logits, columns, eps)
 
     def remaining(self, logits: Tensor) -> Tensor:
-        """See :func:`~ms_optim.curvature.logit_factor.remaining_traces`."""
+        """See :func:`~ms_optim.curvature.losses.logit_factor.remaining_traces`."""
         return logit_factor.remaining_traces(logits)
 
     def probe(self, logits: Tensor, generator: torch.Generator) -> Tensor:
-        """See :func:`~ms_optim.curvature.logit_factor.probe`."""
+        """See :func:`~ms_optim.curvature.losses.logit_factor.probe`."""
         return logit_factor.probe(logits, generator)
 
 

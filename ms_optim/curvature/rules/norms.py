@@ -2,17 +2,17 @@ r"""Normalisers: the weight meets x̂, the normalised input, and the bias meets 
 
 x̂ is made again from the operation's input, differentiably, since what autograd saves of it is not.  An instance norm is
 a batch norm of one row with N·C channels, whose weight is repeated N times before (see
-:mod:`ms_optim.curvature.products`); there the repetition is the use.
+:mod:`ms_optim.curvature.rules.products`); there the repetition is the use.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
+from ..graph.layout import Layout
+from ..graph.registry import curvature_rule, on_axis, on_rows, require_rows
+from ..graph.use import Use
 from .contraction import Contraction, Reduced, wide
-from .layout import Layout
-from .registry import curvature_rule, on_axis, on_rows, require_rows
-from .use import Use
 
 
 def _constant_statistics(use: Use) -> bool:

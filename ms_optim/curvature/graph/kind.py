@@ -10,7 +10,7 @@ Source: arXiv 2106.12612, section 4 (the Hessian of a ReLU network is its Gauss-
 
 from __future__ import annotations
 
-from ..errors import CurvatureError
+from ...errors import CurvatureError
 from .use import Node, operation, shape_of
 
 _LINEAR = frozenset(

@@ -1,7 +1,7 @@
 """The table of rules: (operation, input slot) → the contraction of a parameter that stands there, and when it holds.
 
 A rule covers a use if its shapes say that the samples can be told apart; which axis they lie along in fact is found out
-later (:func:`ms_optim.curvature.backprop.find_layouts`) and is an error if it is another one.
+later (:func:`ms_optim.curvature.graph.backprop.find_layouts`) and is an error if it is another one.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..errors import NoRuleError
+from ...errors import NoRuleError
 from .layout import Layout
 from .use import Use
 
 if TYPE_CHECKING:
-    from .contraction import Contraction
+    from ..rules.contraction import Contraction
 
 Rule = Callable[[Use, Layout], "Contraction"]
 Predicate = Callable[[Use], bool]
@@ -70,7 +70,7 @@ def curvature_rule(
     """Enter a rule for parameters that stand in the given (operation, input slot) places of autograd's graph.
 
     Args:
-        *places: Operation as in :func:`ms_optim.curvature.use.operation`, and slot.
+        *places: Operation as in :func:`ms_optim.curvature.graph.use.operation`, and slot.
         covers: Which of the uses there the rule holds for.
         broadcasts: Whether the operation broadcasts its inputs.
 
