@@ -104,15 +104,18 @@ def evaluation(model: nn.Module, statistics: Statistics = "running") -> Iterator
     """
     if statistics not in ("running", "batch", "training"):
         raise ValueError(f"statistics must be 'running', 'batch' or 'training', got {statistics!r}")
-    modes = [(module, module.training) for module in model.modules()]
+    modules = list(model.modules())
+    modes = [(module, module.training) for module in modules]
     norms = [(module, training) for module, training in modes if isinstance(module, _BatchNorm)]
     of_batch = {"running": lambda training: False, "batch": lambda training: True, "training": bool}[statistics]
     own = [norm for norm, training in norms if of_batch(training) or norm.running_mean is None]
     kept = [(norm, norm._buffers.get("running_mean"), norm._buffers.get("running_var")) for norm in own]
-    buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
+    held = {id(b): b for module in modules for b in module._buffers.values() if b is not None}
+    buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in held.values()]
     taken = BatchStatistics(own)
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    kind = next((p.device.type for p in model.parameters()), "cpu")
+    where = [p.device for module in modules for p in module._parameters.values() if p is not None]
+    devices = {device for device in where if device.type == "cuda"}
+    kind = where[0].type if where else "cpu"
     try:
         with torch.random.fork_rng(devices=list(devices)), torch.enable_grad(), torch.autocast(kind, enabled=False):
             for module, training in modes:

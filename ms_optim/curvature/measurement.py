@@ -86,15 +86,19 @@ def measure(
 def _zeros(parameters: Mapping[str, nn.Parameter], request: Request) -> Totals:
     """Nothing measured so far."""
 
-    def zero(p: Tensor) -> Tensor:
+    def zeros() -> dict[str, Tensor]:
         if request.entries:
-            return torch.zeros(p.shape, dtype=wide(p.detach().reshape(-1)[:0]).dtype, device=p.device)
-        return torch.zeros((), dtype=torch.float64, device=p.device)
+            dtypes = (wide(p.detach().reshape(-1)[:0]).dtype for p in parameters.values())
+            return {
+                name: torch.zeros(p.shape, dtype=dtype, device=p.device)
+                for (name, p), dtype in zip(parameters.items(), dtypes, strict=True)
+            }
+        device = next(iter(parameters.values())).device
+        found = torch.zeros(len(parameters), dtype=torch.float64, device=device)
+        return dict(zip(parameters, found.unbind(), strict=True))
 
     scattered = request.columns in (None, "rank") or request.probes > 1 or request.tolerance is not None
-    values = {name: zero(p) for name, p in parameters.items()}
-    variances = {name: zero(p) for name, p in parameters.items()} if scattered else None
-    return Totals(values, variances, dict.fromkeys(parameters, True))
+    return Totals(zeros(), zeros() if scattered else None, dict.fromkeys(parameters, True))
 
 
 def _sum_totals(totals: Totals, device: torch.device, group: ProcessGroup) -> None:

@@ -96,11 +96,10 @@ def cholesky_columns(log_p: Tensor, start: int, stop: int) -> Tensor:
     """
     log_q = _log_tails(log_p)
     diagonal = _log_diagonal(log_p, log_q)[:, start:stop].exp()
-    k = torch.arange(start, stop, device=log_p.device)
-    j = torch.arange(log_p.shape[-1], device=log_p.device)
-    ratio = (log_p[:, None, :] - log_q[:, start + 1 : stop + 1, None]).clamp_max(0.0).exp()
-    unit = torch.where(j > k[:, None], -ratio, (j == k[:, None]).to(log_p.dtype))
-    return (unit * diagonal[:, :, None]).transpose(0, 1)
+    ratio = (log_p[:, None, :] - log_q[:, start + 1 : stop + 1, None]).clamp_max_(0.0).exp_()
+    unit = ratio.neg_().triu_(start + 1)  # N k j: nothing for j < k
+    unit.diagonal(start, 1, 2).fill_(1.0)
+    return unit.mul_(diagonal[:, :, None]).transpose(0, 1)
 
 
 def signed_column(log_p: Tensor, start: int, eps: Tensor) -> Tensor:
