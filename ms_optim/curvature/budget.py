@@ -27,6 +27,7 @@ from .graph.backprop import bytes_of
 from .graph.tape import Tape
 from .rules import contraction as contractions
 from .rules.contraction import Contraction
+from .rules.shared import joinable
 
 # Activations of as many samples as fit in this go together on a CPU, if they are at least so many that the weights,
 # which are read once for all of them, are not what is waited for.
@@ -145,11 +146,17 @@ def plan_chunk(
         largest = max((rule.temporary_bytes(item) for rule in each), default=0)
         return max(largest, min(samples * largest, contractions._CHUNK_BYTES))
 
-    # A parameter with several uses has its gradients formed, for one column at a time, before they are squared.
-    formed = sum(2 * item * math.prod(site[0].use.shape) for site in rules.values() if len(site) > 1)
+    several = [site for site in rules.values() if len(site) > 1]
 
     def per_sample(group: int) -> float:
-        return activations + flight + formed + sum(rule.kept_bytes(group, item) for rule in each)
+        kept = sum(rule.kept_bytes(group, item) for rule in each)
+        for site in several:
+            outers = joinable(site)
+            if outers is None:  # gradients are formed, for one column at a time, before they are squared
+                kept += 2 * item * math.prod(site[0].use.shape)
+            else:
+                kept += sum(group * item * math.prod(o.use.output_shape) // o.samples for o in outers)
+        return activations + flight + kept
 
     groups = sorted({columns, *(g for g in (1, 2, 4, 8, 16, 32, 64, 128) if g < columns)}, reverse=True)
     best = Chunk(0, 1)

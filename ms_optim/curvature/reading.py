@@ -20,8 +20,9 @@ from .graph.layout import Layout, Order
 from .graph.tape import Node, Tape, Use, read_tape
 from .losses.loss import Loss
 from .request import Request
-from .rules.contraction import Accumulator, Contraction, Piece, Shared, wide
+from .rules.contraction import Accumulator, Contraction, Piece, wide
 from .rules.layers import contraction, has_rule
+from .rules.shared import Shared, shared
 
 # Gradients of as many columns as fit in this are taken together on the generic path.
 _GRADIENT_BYTES = 64 * 2**20
@@ -121,15 +122,15 @@ class Reading:
         entries = self.request.entries
         waiting: dict[Node, list[Accumulator]] = {node: [] for node in self.nodes}
         results: dict[str, Accumulator | Shared] = {}
-        shared: list[Shared] = []
+        several: list[Shared] = []
         for name, rules in self.rules.items():
             if len(rules) == 1:
                 found = rules[0].diagonal(count) if entries else rules[0].trace(count)
                 results[name] = found
                 waiting[rules[0].use.node].append(found)
                 continue
-            together = Shared(entries)
-            shared.append(together)
+            together = shared(rules, entries)
+            several.append(together)
             results[name] = together
             for rule in rules:
                 waiting[rule.use.node].append(together.part(rule))
@@ -143,7 +144,7 @@ class Reading:
             return take
 
         def after() -> None:
-            for together in shared:
+            for together in several:
                 together.flush()
 
         if waiting:

@@ -10,6 +10,7 @@ from ms_optim.curvature.graph.backprop import deltas
 from ms_optim.curvature.graph.layout import Layout
 from ms_optim.curvature.graph.tape import read_tape
 from ms_optim.curvature.rules import contraction as contractions
+from ms_optim.curvature.rules import outer, reduction
 from ms_optim.curvature.rules.contraction import Piece, wide
 from ms_optim.curvature.rules.layers import contraction, curvature_rule, has_rule
 from ms_optim.errors import NoRuleError
@@ -123,7 +124,7 @@ def test_direct_and_gram_routes_agree(case, monkeypatch):
     (delta,) = deltas(logits, [use.node], columns)
     expected = gradients_by_autograd(logits, parameters["w"], columns)
     for gram in (False, True):
-        monkeypatch.setattr(contractions.Outer, "prefers_gram", lambda self, columns, gram=gram: gram)
+        monkeypatch.setattr(outer.Outer, "prefers_gram", lambda self, columns, gram=gram: gram)
         assert_sums_are_those(contraction(use, Layout(N)), delta, expected)
 
 
@@ -177,7 +178,7 @@ def test_a_rule_can_be_registered_for_a_new_operation(monkeypatch):
     @curvature_rule(("Atan2", 0))
     def angle(use, layout):
         y, x = use.node._saved_self, use.node._saved_other
-        return contractions.Reduced(use, layout, axes=(1,), factor=x / (x.square() + y.square()))
+        return reduction.Reduced(use, layout, axes=(1,), factor=x / (x.square() + y.square()))
 
     columns = torch.randn(C, N, 3)
     (delta,) = deltas(logits, [use.node], columns)

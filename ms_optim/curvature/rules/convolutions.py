@@ -23,7 +23,9 @@ from torch.nn import functional as F
 from ..graph.layout import Layout
 from ..graph.registry import curvature_rule, on_rows, require_rows
 from ..graph.use import Use
-from .contraction import Contraction, Outer, Reduced, wide
+from .contraction import Contraction, wide
+from .outer import Outer
+from .reduction import Reduced
 
 
 @curvature_rule(("Convolution", 1), covers=on_rows)

@@ -22,8 +22,10 @@ from ..graph.layout import Layout
 from ..graph.registry import curvature_rule, has_rule, misplaced, on_rows, require_rows, rule_of
 from ..graph.use import Use
 from . import convolutions, lookup, norms, products  # noqa: F401 - they enter their rules in the table
-from .contraction import Broadcast, Contraction, Outer, PlainLinear, Reduced, wide
+from .contraction import Contraction, wide
+from .outer import Outer, PlainLinear
 from .pullback import Pulled
+from .reduction import Broadcast, Reduced
 
 __all__ = ["contraction", "curvature_rule", "has_rule"]
 
@@ -66,7 +68,12 @@ def linear_weight(use: Use, layout: Layout) -> Contraction:
     node = use.node
     x = node._saved_mat1 if use.operation == "Addmm" else node._saved_self
     if x.shape[0] == layout.samples:
-        return PlainLinear(use, layout, x)
+        return PlainLinear(use, layout, x, lambda: _over_positions(use, layout, x))
+    return _over_positions(use, layout, x)
+
+
+def _over_positions(use: Use, layout: Layout, x: Tensor) -> Outer:
+    """The contraction of ``[N·T, I]`` with one position per row of a sample."""
     x = layout.front(x)  # n v i
     times, inputs = x.shape[1:]
     outputs = use.shape[0] if use.transposed else use.shape[1]

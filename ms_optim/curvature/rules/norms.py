@@ -12,7 +12,8 @@ from torch import Tensor
 from ..graph.layout import Layout
 from ..graph.registry import curvature_rule, on_axis, on_rows, require_rows
 from ..graph.use import Use
-from .contraction import Contraction, Reduced, wide
+from .contraction import Contraction, wide
+from .reduction import Reduced
 
 
 def _constant_statistics(use: Use) -> bool:

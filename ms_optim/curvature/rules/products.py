@@ -18,7 +18,8 @@ from torch import Tensor
 from ..graph.layout import Layout
 from ..graph.registry import curvature_rule, misplaced, on_broadcast
 from ..graph.use import Use
-from .contraction import Contraction, Reduced, broadcast_axes, wide
+from .contraction import Contraction, wide
+from .reduction import Reduced, broadcast_axes
 
 
 class Elementwise(Reduced):

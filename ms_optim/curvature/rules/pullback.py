@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..graph.use import Derivation, Use
-from .contraction import Accumulator, Contraction, Outer, Piece, PlainLinear, row_squares, slices, square_sum, wide
+from .contraction import Accumulator, Contraction, Piece, row_squares, slices, square_sum, wide
+from .outer import Outer, PlainLinear
 
 
 class Pulled(Contraction):
