@@ -139,7 +139,7 @@ class _SquaredEntries(Accumulator):
         """See the base class."""
         for column in piece.delta.split(1):
             g = self.rule.gradients(column)[0]
-            squares = torch.einsum("n...,n...->...", g, g)
+            squares = torch.linalg.vector_norm(g, dim=0).square()  # one pass, no temporary of the size of g
             self.total = squares if self.total is None else self.total.add_(squares)
 
     def result(self) -> Tensor:

@@ -72,8 +72,8 @@ class _PlainLinearDiagonal(Accumulator):
 
     def add(self, piece: Piece) -> None:
         """See the base class."""
-        squares = wide(piece.delta).square().sum(0)
-        self.total = squares if self.total is None else self.total.add_(squares)
+        for column in wide(piece.delta):
+            self.total = column.square() if self.total is None else self.total.addcmul_(column, column)
 
     def result(self) -> Tensor:
         """See the base class."""
