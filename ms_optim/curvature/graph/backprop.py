@@ -21,6 +21,7 @@ from torch.autograd.graph import GradientEdge
 
 from ...errors import NoRuleError
 from .layout import Layout, Order
+from .lift import lifts
 from .tape import Node, Use
 
 Sink = Callable[[Tensor], None]  # takes δ, [c, *output.shape]
@@ -74,7 +75,8 @@ def backpropagate(
                 after()
         return
     ends = _ends(order, sinks)
-    edges = [GradientEdge(node, 0) for node in ends]
+    lifted = lifts(order, ends)
+    edges = [GradientEdge(lifted[node].pool if node in lifted else node, 0) for node in ends]
     on_the_way = [node for node in sinks if node not in ends]
 
     def hand_over(sink: Sink) -> Callable[[tuple[Tensor, ...]], None]:
@@ -89,7 +91,7 @@ def backpropagate(
             for column in piece.to(logits.dtype):
                 found = torch.autograd.grad(logits, edges, column, retain_graph=True)
                 for node, delta in zip(ends, found, strict=True):
-                    sinks[node](delta[None])
+                    sinks[node]((lifted[node].down(delta) if node in lifted else delta)[None])
                 del found, delta  # free memory for the next column
                 after()
     finally:
