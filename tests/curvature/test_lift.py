@@ -14,7 +14,6 @@ from ms_optim.curvature.graph.lift import lifts
 from ms_optim.curvature.graph.tape import read_tape
 from ms_optim.reference import curvature as oracle
 
-
 GEOMETRIES = st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(0, 1), st.integers(1, 2), st.booleans())
 
 
