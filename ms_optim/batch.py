@@ -103,6 +103,12 @@ class Batch:
             return self
         return self._map(lambda tensor: tensor.to(device))
 
+    def outside_inference(self) -> Batch:
+        """The same batch with copies of tensors made in inference mode, which autograd cannot keep."""
+        if not any(tensor.is_inference() for tensor in self.tensors):
+            return self
+        return self._map(lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
+
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         """Every tensor among the arguments replaced."""
 
@@ -129,7 +135,7 @@ class Batch:
         """
         for tensor in self.tensors:
             # One pass over the data: a sum is finite only if all terms are. (Finite ones may overflow: hence another.)
-            if tensor.is_floating_point() and not math.isfinite(float(tensor.sum())):
+            if tensor.is_floating_point() and not math.isfinite(float(tensor.detach().sum())):
                 bad = int((~torch.isfinite(tensor)).sum())
                 if bad == 0:
                     continue

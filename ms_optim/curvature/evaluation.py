@@ -38,7 +38,7 @@ class BatchStatistics:
         self._recorded: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
         self._used: dict[nn.Module, int] = {}
         self._mode: Literal["live", "record", "replay"] = "live"
-        self._hooks = [norm.register_forward_pre_hook(self._before) for norm in norms]
+        self._hooks = [norm.register_forward_pre_hook(self._before, with_kwargs=True) for norm in norms]
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -60,14 +60,14 @@ class BatchStatistics:
         for hook in self._hooks:
             hook.remove()
 
-    def _before(self, norm: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def _before(self, norm: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         """Give a BatchNorm in evaluation mode these statistics in place of its buffers (which are put back)."""
         if self._mode == "replay":
             call = self._used.get(norm, 0)
             self._used[norm] = call + 1
             mean, variance = self._recorded[norm][call]
         else:
-            x: Tensor = inputs[0]
+            x: Tensor = inputs[0] if inputs else named["input"]
             with torch.no_grad():
                 axes = [axis for axis in range(x.ndim) if axis != 1]
                 wide = x.float() if x.dtype in (torch.half, torch.bfloat16) else x
@@ -109,8 +109,12 @@ def evaluation(model: nn.Module, statistics: Statistics = "running") -> Iterator
     norms = [(module, training) for module, training in modes if isinstance(module, _BatchNorm)]
     of_batch = {"running": lambda training: False, "batch": lambda training: True, "training": bool}[statistics]
     own = [norm for norm, training in norms if of_batch(training) or norm.running_mean is None]
-    kept = [(norm, norm._buffers.get("running_mean"), norm._buffers.get("running_var")) for norm in own]
+    registered = [(module, dict(module._buffers)) for module in modules if module._buffers]
     held = {id(b): b for module in modules for b in module._buffers.values() if b is not None}
+    for module in modules:  # an embedding with a largest norm renormalises its weight as it is looked up
+        weight = module._parameters.get("weight")
+        if getattr(module, "max_norm", None) is not None and weight is not None:
+            held[id(weight)] = weight
     buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in held.values()]
     taken = BatchStatistics(own)
     where = [p.device for module in modules for p in module._parameters.values() if p is not None]
@@ -124,8 +128,8 @@ def evaluation(model: nn.Module, statistics: Statistics = "running") -> Iterator
             yield taken
     finally:
         taken.remove()
-        for norm, mean, variance in kept:
-            norm._buffers["running_mean"], norm._buffers["running_var"] = mean, variance
+        for module, own_buffers in registered:  # a forward pass may put others in their place
+            module._buffers.update(own_buffers)
         with torch.no_grad():
             for buffer, version, kept_buffer in buffers:
                 if buffer._version != version:  # a forward of the model's own wrote to it

@@ -31,8 +31,8 @@ from .scheme import Scheme
 _SMALL_SAMPLES = 48
 _SMALL_BYTES = 2**20
 
-# Plans of models measured before: repeated measurements, as an optimizer's, need not plan again. (Nothing but speed
-# depends on them; with a budget of the caller's own, which has to hold, a plan is always made afresh.)
+# Plans of models measured before: repeated measurements, as an optimizer's, need not plan again. (Only speed and the
+# peak of memory depend on them; with a budget of the caller's own, which has to hold, a plan is always made afresh.)
 _PLANS: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], Chunk]] = WeakKeyDictionary()
 
 
@@ -70,7 +70,7 @@ def measure(
         with evaluation(model, request.statistics) as statistics, _progress(data, model, request.progress) as shown:
             for index, batch in enumerate(shown):
                 batch.check_finite(index)
-                walk.batch(batch.to(device), index, statistics)
+                walk.batch(batch.to(device).outside_inference(), index, statistics)
     except (Exception, KeyboardInterrupt) as error:
         if isinstance(error, (MsOptimError, KeyboardInterrupt)) and walk.totals.samples:
             error.partial = finish(walk.totals)  # type: ignore[union-attr]
@@ -130,6 +130,7 @@ class _Walk:
         self.scheme = Scheme(request, totals)
         self.orders: Orders = {}
         self.compared = False
+        self.expected: Tensor | None = None  # the logits of the batch's first samples when they were planned with
         self.chunk: Chunk | None = None
         self.shapes: list[tuple[int, ...]] = []
         self.planned = 0  # the samples of the batch that the chunk was planned for
@@ -143,35 +144,41 @@ class _Walk:
 
     def _add_batch(self, batch: Batch, index: int, statistics: BatchStatistics) -> None:
         """Add one batch: whole, or in chunks."""
-        samples = batch.samples
+        samples, whole = batch.samples, None
         chunk = self._plan(batch, index, statistics)
         if samples is None or chunk is None or chunk.samples >= samples:
             reading = self._read(batch, index)
+            if self.expected is not None:
+                _require_same(reading.logits.detach(), self.expected)
+                self.expected = None
             if not reading.generic or reading.samples == 1:
                 self._add(reading, None, chunk.group if chunk else None)
                 return
             self.unruled = reading.generic
             if samples != reading.samples:
                 raise self._unsplittable(_rows(samples, reading.samples))
+            self.running.generic |= set(reading.generic)  # though of one sample alone it may be known where that lies
+            whole = reading.logits.detach()
             del reading  # and its graph: those of the parts follow
             chunk = self.chunk = Chunk(1, chunk.group if chunk else 2**30)  # the generic path: one sample at a time
         assert samples is not None
-        self._add_in_chunks(batch, samples, chunk, index, statistics)
+        self._add_in_chunks(batch, samples, chunk, index, statistics, whole)
 
     def _add_in_chunks(
-        self, batch: Batch, samples: int, chunk: Chunk, index: int, statistics: BatchStatistics
+        self, batch: Batch, samples: int, chunk: Chunk, index: int, statistics: BatchStatistics, whole: Tensor | None
     ) -> None:
-        """Add a batch in chunks, each of which must find the logits that the batch has as a whole."""
+        """Add a batch in chunks, each of which must find the logits that the whole batch has, where they are known."""
         first, expected = not self.compared, torch.empty(0)
-        with torch.no_grad():
-            if statistics.of_batch:
-                with statistics.recording():
-                    expected = finite_logits(batch.logits(self.model), index, self.request.loss, in_graph=False)
-            elif first:  # a few samples together, and not as many as a chunk has: the same show nothing
-                few = min(3 if chunk.samples == 2 else 2, samples)
-                with self._splitting(few, samples):
-                    logits = batch.rows(slice(0, few)).logits(self.model)
-                expected = finite_logits(logits, index, self.request.loss, in_graph=False)
+        if statistics.of_batch:
+            with statistics.recording(), torch.no_grad():
+                expected = finite_logits(batch.logits(self.model), index, self.request.loss, in_graph=False)
+        elif whole is not None:
+            expected = whole
+        elif first:  # a few samples together, and not as many as a chunk has: the same show nothing
+            few = min(3 if chunk.samples == 2 else 2, samples)
+            with self._splitting(few, samples):  # (with a graph, without which some modules take other paths)
+                logits = batch.rows(slice(0, few)).logits(self.model)
+            expected = finite_logits(logits, index, self.request.loss, in_graph=False).detach()
         self.compared |= samples > 1
         noise: Tensor | None = None
         start = 0
@@ -186,6 +193,7 @@ class _Walk:
             _require_same(reading.logits.detach(), expected[part])
             if reading.generic and reading.samples > 1:  # not seen in the plan: which rules hold depends on the data
                 self.unruled = reading.generic
+                self.running.generic |= set(reading.generic)
                 chunk = self.chunk = Chunk(1, chunk.group)
                 continue
             if noise is None:
@@ -231,6 +239,9 @@ class _Walk:
             if not needed:
                 return None
             raise self._unsplittable(_rows(few, reading.samples))
+        if not statistics.of_batch:
+            self.expected = reading.logits.detach()
+        self.running.generic |= set(reading.generic)
         device, item = reading.logits.device, reading.logits.element_size()
         entries = sum(v.numel() * v.element_size() for v in self.totals.values.values()) if request.entries else 0
         generic = 2 * item * sum(self.parameters[name].numel() for name in reading.generic)
@@ -245,7 +256,7 @@ class _Walk:
             fixed=generic + 4 * entries + 4 * samples * reading.classes * item,
             cached=not statistics.of_batch and device.type == "cpu",
         )
-        if request.max_memory is None:
+        if request.max_memory is None and not reading.generic:  # the next one has to say again what is generic
             plans[key] = self.chunk
         return self.chunk
 

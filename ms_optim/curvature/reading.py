@@ -9,15 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import CurvatureError, DataError, NoRuleError
+from ..errors import CurvatureError, DataError, MsOptimError, NoRuleError
 from .budget import columns_together
-from .graph.backprop import Sink, backpropagate, find_layouts, no_layout
+from .graph.backprop import Sink, backpropagate, find_layouts, no_layout, undifferentiable
 from .graph.layout import Layout, Order
-from .graph.tape import Node, Tape, Use, read_tape
+from .graph.tape import Node, Tape, Use, operation, read_tape
 from .losses.loss import Loss
 from .request import Request
 from .rules.contraction import Accumulator, Contraction, Piece, wide
@@ -57,11 +58,6 @@ class Reading:
                 if not request.generic:
                     raise
                 self.generic.append(name)
-        if self.samples > 1:  # one alone shows nothing
-            for name, rules in self.rules.items():
-                for i, rule in enumerate(rules):
-                    found = rule.layout.order, rule.layout.times(rule.use.output_shape)
-                    orders[name, i, rule.use.path] = found
         self.nodes: list[Node] = list(dict.fromkeys(rule.use.node for rules in self.rules.values() for rule in rules))
 
     def _rule(self, use: Use, layout: Layout | None) -> Contraction:
@@ -74,7 +70,7 @@ class Reading:
         """Where the samples are: as the graph proves, as was found before, or as is found now."""
         rowwise = self.tape.rowwise
         layouts: dict[Node, Layout | None] = {}
-        doubtful = []
+        doubtful = {}
         for name, uses in used.items():
             for i, use in enumerate(uses):
                 order, times = orders.get((name, i, use.path), (None, 0))
@@ -83,11 +79,18 @@ class Reading:
                 elif order is not None and Layout(self.samples, order).holds(use.output_shape, times):
                     layouts[use.node] = Layout(self.samples, order)
                 elif has_rule(use):
-                    doubtful.append(use)
+                    doubtful[name, i, use.path] = use
                 else:
                     layouts[use.node] = Layout(self.samples)  # its rule, or that it has none, will say more
-        if doubtful:
-            layouts |= find_layouts(self.logits, doubtful)
+        try:
+            fitting = find_layouts(self.logits, list(doubtful.values())) if doubtful else {}
+        except Exception as error:
+            self._explain(error)
+        layouts |= {node: found[0] if found else None for node, found in fitting.items()}
+        for key, use in doubtful.items():
+            found = fitting[use.node]
+            if len(found) == 1 and self.samples > 1:  # what these samples leave open, others have to show
+                orders[key] = found[0].order, found[0].times(use.output_shape)
         return layouts
 
     def sums(self, columns: Iterable[Tensor], count: int, group: int | None) -> list[Tensor]:
@@ -152,21 +155,51 @@ class Reading:
             at_once = columns_together(self.nodes, self.logits.device) if self.batchable else 1
             try:
                 backpropagate(self.logits, self.tape.order, sinks, pieces, after, at_once)
-            except RuntimeError:
+            except Exception as error:
                 if at_once == 1:
-                    raise
+                    self._explain(error)
                 self.batchable = False  # an operation that vmap cannot batch: everything once more, column by column
                 return self._group_sums(pieces, count)
         if self.generic:
             parameters = [self.parameters[name] for name in self.generic]
             kept = self.tape.activation_bytes + sum(p.numel() * p.element_size() for p in parameters)
             gradients = _Gradients(self.logits, parameters, entries, max(1, _GRADIENT_BYTES // kept))
-            for piece in pieces:
-                gradients.add(piece)
+            try:
+                for piece in pieces:
+                    gradients.add(piece)
+            except Exception as error:
+                self._explain(error)
             results |= dict(zip(self.generic, gradients.parts(), strict=True))
         return [
             results[name].result() if name in results else self._zero(p) for name, p in self.parameters.items()
         ]
+
+    def _explain(self, error: Exception) -> NoReturn:
+        """Raise the error of an operation that has no derivative, by its name; others as they are."""
+        if isinstance(error, (MsOptimError, torch.OutOfMemoryError)):
+            raise error
+        culprit = undifferentiable(self.logits, self.tape.order)
+        if culprit is None:
+            raise error
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        below = [names[id(n.variable)] for n in _below(culprit) if id(getattr(n, "variable", None)) in names]
+        listed = ", ".join(below[:3]) + (" …" if len(below) > 3 else "")
+        raise CurvatureError(
+            f"{operation(culprit)} cannot be differentiated ({type(error).__name__}: {error}); it lies between the "
+            f"logits and {listed or 'the inputs'}. Give it a backward pass, or freeze what is below it "
+            "(requires_grad_(False)) to leave that out"
+        ) from error
+
+
+def _below(node: Node) -> list[Node]:
+    """All nodes below one."""
+    seen, stack = {node}, [node]
+    while stack:
+        for source, _ in stack.pop().next_functions:
+            if source is not None and source not in seen:
+                seen.add(source)
+                stack.append(source)
+    return list(seen)
 
 
 class _Gradients:
@@ -194,10 +227,18 @@ class _Gradients:
     def _gradients(self, columns: Tensor) -> Sequence[Tensor]:
         """``[c, *parameter.shape]`` for each parameter."""
         try:
-            return torch.autograd.grad(self.logits, self.parameters, columns, retain_graph=True, is_grads_batched=True)
-        except RuntimeError:  # an operation that vmap cannot batch
-            each = [torch.autograd.grad(self.logits, self.parameters, c, retain_graph=True) for c in columns]
+            return self._sent(columns, is_grads_batched=True)
+        except Exception:  # noqa: BLE001 - an operation that vmap cannot batch, or none that can be differentiated
+            each = [self._sent(c) for c in columns]
             return [torch.stack(parts) for parts in zip(*each, strict=True)]
+
+    def _sent(self, columns: Tensor, **how: bool) -> list[Tensor]:
+        """What arrives at the parameters: zeros where an operation passes nothing on."""
+        found = torch.autograd.grad(
+            self.logits, self.parameters, columns, retain_graph=True, allow_unused=True, materialize_grads=False, **how
+        )
+        lead = columns.shape[:-2]
+        return [p.new_zeros(*lead, *p.shape) if g is None else g for g, p in zip(found, self.parameters, strict=True)]
 
     def parts(self) -> list[_Done]:
         """One result per parameter."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import CurvatureError
+from ..errors import CurvatureError, UnsupportedError
 from .evaluation import Statistics
 from .losses.loss import Loss
 
@@ -59,7 +59,15 @@ def checked_request(request: Request) -> Request:
         ValueError: If a number is not.
     """
     columns, probes, tolerance, memory = request.columns, request.probes, request.tolerance, request.max_memory
-    if not (columns is None or columns == "rank" or isinstance(columns, Integral) and columns >= 0):
+    counted = {"columns": columns, "probes": probes, "max_memory": memory}
+    for name, value in counted.items():
+        whole = isinstance(value, Integral) and not isinstance(value, bool)
+        if not (whole or (value is None and name != "probes") or (name == "columns" and value == "rank")):
+            other = ", 'rank' or None" if name == "columns" else ""
+            raise ValueError(f"{name} must be a whole number{other}, got {value!r}")
+    if not (tolerance is None or isinstance(tolerance, Real)):
+        raise ValueError(f"tolerance must be a positive number or None, got {tolerance!r}")
+    if isinstance(columns, Integral) and columns < 0:
         raise ValueError(f"columns must be >= 0, 'rank' or None, got {columns!r}; None is exact")
     if probes < 1:
         raise ValueError(f"probes must be >= 1, got {probes}; one signed column per sample is the least")
@@ -69,7 +77,13 @@ def checked_request(request: Request) -> Request:
         raise ValueError("tolerance adds columns until a standard error is small; columns='rank' leaves none to add")
     if memory is not None and memory < 1:
         raise ValueError(f"max_memory must be a positive number of bytes, got {memory}; None asks the device")
-    return request
+    # NumPy's integers are not Python's, and a scheme tells r from None and "rank" by its type.
+    return replace(
+        request,
+        columns=int(columns) if isinstance(columns, Integral) else columns,
+        probes=int(probes),
+        max_memory=None if memory is None else int(memory),
+    )
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -83,6 +97,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
     Raises:
         CurvatureError: If there is none.
+        UnsupportedError: If one is complex.
     """
     found = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not found:
@@ -90,6 +105,13 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
             f"{type(model).__name__} has no parameter with requires_grad=True; call model.requires_grad_() "
             "to measure a frozen copy"
         )
+    for name, parameter in found.items():
+        if parameter.is_complex():
+            raise UnsupportedError(
+                f"parameter {name} {tuple(parameter.shape)} is complex ({parameter.dtype}), for which no trace is "
+                "defined here; hold it as two real tensors (torch.view_as_complex in the forward pass), or "
+                "freeze it (requires_grad_(False)) to leave it out"
+            )
     return found
 
 

@@ -67,10 +67,10 @@ def weighted_trace(
             return logits.new_zeros(())
         doubtful = [use for use in uses if use.node not in tape.rowwise]
         layouts = dict.fromkeys((use.node for use in uses), Layout(samples))
-        for node, layout in find_layouts(logits, doubtful).items():
-            if layout is None:
+        for node, fitting in find_layouts(logits, doubtful).items():
+            if not fitting:
                 raise no_layout(next(use for use in uses if use.node is node), samples)
-            layouts[node] = layout
+            layouts[node] = fitting[0]
         nodes = list(dict.fromkeys(use.node for use in uses))
         found = deltas(logits, nodes, loss.probe(logits, generator)[None], create_graph=True)
         at = dict(zip(nodes, found, strict=True))

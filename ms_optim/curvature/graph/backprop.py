@@ -13,7 +13,7 @@ kept until the call returns.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from .lift import lifts
 from .tape import Node, Use
 
 Sink = Callable[[Tensor], None]  # takes δ, [c, *output.shape]
+
+# Up to this many samples every two are told apart, at two backpropagations per binary digit.
+_FEW = 16
 
 _ORDERS: tuple[Order, ...] = ("sample-major", "position-major", "sequence-first")
 
@@ -43,10 +46,21 @@ def deltas(logits: Tensor, nodes: Sequence[Node], columns: Tensor, create_graph:
     """
     edges = [GradientEdge(node, 0) for node in nodes]
     columns = columns.to(logits.dtype)
+    how = {"retain_graph": True, "allow_unused": True}  # an operation may declare that it passes nothing on
     if columns.shape[0] == 1:
-        found = torch.autograd.grad(logits, edges, columns[0], retain_graph=True, create_graph=create_graph)
-        return tuple(delta[None] for delta in found)
-    return torch.autograd.grad(logits, edges, columns, retain_graph=True, is_grads_batched=True)
+        found = torch.autograd.grad(logits, edges, columns[0], create_graph=create_graph, **how)
+        return tuple(delta_of(delta, node)[None] for delta, node in zip(found, nodes, strict=True))
+    found = torch.autograd.grad(logits, edges, columns, is_grads_batched=True, **how)
+    nothing = (len(columns),)
+    return tuple(delta_of(delta, node, nothing) for delta, node in zip(found, nodes, strict=True))
+
+
+def delta_of(delta: Tensor | None, node: Node, lead: tuple[int, ...] = ()) -> Tensor:
+    """δ, or zeros in its place where nothing arrives at the node."""
+    if delta is not None:
+        return delta
+    meta = node._input_metadata[0]
+    return torch.zeros((*lead, *meta.shape), dtype=meta.dtype, device=meta.device)
 
 
 def backpropagate(
@@ -79,18 +93,19 @@ def backpropagate(
     edges = [GradientEdge(lifted[node].pool if node in lifted else node, 0) for node in ends]
     on_the_way = [node for node in sinks if node not in ends]
 
-    def hand_over(sink: Sink) -> Callable[[tuple[Tensor, ...]], None]:
-        def hook(gradients: tuple[Tensor, ...]) -> None:
-            sink(gradients[0].detach()[None])
+    def hand_over(node: Node) -> Callable[[tuple[Tensor | None, ...]], None]:
+        def hook(gradients: tuple[Tensor | None, ...]) -> None:
+            sinks[node](delta_of(gradients[0], node).detach()[None])
 
         return hook
 
-    hooks = [node.register_prehook(hand_over(sinks[node])) for node in on_the_way]
+    hooks = [node.register_prehook(hand_over(node)) for node in on_the_way]
     try:
         for piece in columns:
             for column in piece.to(logits.dtype):
-                found = torch.autograd.grad(logits, edges, column, retain_graph=True)
-                for node, delta in zip(ends, found, strict=True):
+                found = torch.autograd.grad(logits, edges, column, retain_graph=True, allow_unused=True)
+                for node, edge, delta in zip(ends, edges, found, strict=True):
+                    delta = delta_of(delta, edge.node)
                     sinks[node]((lifted[node].down(delta) if node in lifted else delta)[None])
                 del found, delta  # free memory for the next column
                 after()
@@ -112,35 +127,53 @@ def _ends(order: Sequence[Node], sinks: Mapping[Node, Sink]) -> list[Node]:
     return ends
 
 
-def find_layouts(logits: Tensor, uses: Sequence[Use]) -> dict[Node, Layout | None]:
+def find_layouts(logits: Tensor, uses: Sequence[Use]) -> dict[Node, list[Layout]]:
     """Find out where the samples are in the outputs of operations.
 
-    A sample's logits may reach only that sample's part of a tensor: the even samples are silenced, then the odd ones,
+    A sample's logits may reach only that sample's part of a tensor: half of the samples are silenced, then the others,
     and in the right layout what arrives in their part is exactly zero.  Both, because of two samples one alone may
-    hide the other.
+    hide the other.  Of few samples every two are separated by one of the halves; of many the half is random, because
+    what mixes samples follows a pattern, and mixes many.
 
     Args:
         logits: ``[N, K]``, in the graph.
         uses: The uses to look at.
 
     Returns:
-        Node → its layout, the first that fits; ``None`` where none does: the samples are folded in an unknown way, or
-        influence each other.
+        Node → the layouts that fit.  None: the samples are folded in an unknown way, or influence each other.
+        Several: next to nothing arrives (dead units), or one position fits everywhere; any of them will do for these
+        samples, but says nothing about others.
     """
     samples, classes = logits.shape
     # Any column will do that no layer is likely to annihilate, whatever the probabilities are.
     column = torch.arange(1, classes + 1, device=logits.device).cos().to(logits.dtype).expand(samples, classes)
     shapes = {use.node: use.output_shape for use in uses}
-    fitting = {node: [order for order in _ORDERS if Layout(samples, order).fits(shapes[node])] for node in shapes}
+    fitting = {node: _candidates(samples, shape) for node, shape in shapes.items()}
     if samples > 1 and shapes:
-        for parity in (0, 1):
-            silenced = torch.arange(samples, device=logits.device) % 2 == parity
-            half = column.masked_fill(silenced[:, None], 0.0)
-            for node, (delta,) in zip(shapes, deltas(logits, list(shapes), half[None]), strict=True):
-                fitting[node] = [
-                    order for order in fitting[node] if not bool(Layout(samples, order).front(delta)[silenced].any())
-                ]
-    return {node: Layout(samples, orders[0]) if orders else None for node, orders in fitting.items()}
+        for silenced in _halves(samples, logits.device):
+            masked = column.masked_fill(silenced[:, None], 0.0)
+            for node, (delta,) in zip(shapes, deltas(logits, list(shapes), masked[None]), strict=True):
+                fitting[node] = [found for found in fitting[node] if not bool(found.front(delta)[silenced].any())]
+    return fitting
+
+
+def _halves(samples: int, device: torch.device) -> Iterator[Tensor]:
+    """Which samples to silence: halves of them, and the other halves."""
+    index = torch.arange(samples)
+    if samples <= _FEW:
+        halves = [(index >> bit) % 2 == 1 for bit in range((samples - 1).bit_length())]
+    else:
+        halves = [torch.randperm(samples, generator=torch.Generator().manual_seed(samples)) < samples // 2]
+    for half in halves:
+        yield half.to(device)
+        yield ~half.to(device)
+
+
+def _candidates(samples: int, shape: tuple[int, ...]) -> list[Layout]:
+    """The layouts that a tensor of this shape can have; of two that are the same for it, one."""
+    found = [Layout(samples, order) for order in _ORDERS]
+    one = len(shape) > 0 and shape[0] == samples  # one position: before or behind the samples makes no difference
+    return [layout for layout in found if layout.fits(shape) and not (one and layout.order == "position-major")]
 
 
 def no_layout(use: Use, samples: int) -> NoRuleError:
@@ -150,6 +183,28 @@ def no_layout(use: Use, samples: int) -> NoRuleError:
         f"{samples} samples lie on no axis by themselves: they influence each other, or are folded in an unknown way, "
         "and no curvature rule covers that; put the batch axis first, or measure with batches of one sample"
     )
+
+
+def undifferentiable(logits: Tensor, order: Sequence[Node]) -> Node | None:
+    """The operation through which nothing can be sent, if there is one; for an error's message, so slow.
+
+    Args:
+        logits: ``[N, K]``, in the graph.
+        order: The nodes below the logits, each after those that it takes its inputs from.
+
+    Returns:
+        The first node from the logits down that raises.
+    """
+    column = torch.ones_like(logits)
+    takers: dict[Node, Node] = {}
+    for node in reversed(order):
+        try:
+            if node in takers:
+                torch.autograd.grad(logits, [GradientEdge(node, 0)], column, retain_graph=True, allow_unused=True)
+        except Exception:  # noqa: BLE001 - whatever it raises, it is the one
+            return takers[node]
+        takers.update((source, node) for source, _ in node.next_functions if source is not None)
+    return None
 
 
 def bytes_of(node: Node) -> int:

@@ -27,13 +27,17 @@ class Entry:
 
     Attributes:
         rule: From a use and the layout of its operation's output to the contraction.
-        covers: Which uses it holds for.
+        holds: Which real uses it holds for.
         broadcasts: Whether the operation broadcasts its inputs, so that an expansion before it can be left to it.
     """
 
     rule: Rule
-    covers: Predicate
+    holds: Predicate
     broadcasts: bool
+
+    def covers(self, use: Use) -> bool:
+        """Whether the rule holds for a use; none does among complex numbers, whose conjugates it would have to take."""
+        return not use.node._input_metadata[0].dtype.is_complex and self.holds(use)
 
 
 _RULES: dict[tuple[str, int], Entry] = {}

@@ -82,7 +82,12 @@ def multiplied(use: Use, layout: Layout) -> Contraction:
     return Elementwise(use, layout, use.node._saved_other if use.slot == 0 else use.node._saved_self)
 
 
-@curvature_rule(("Div", 0), ("Div", 1), covers=on_broadcast, broadcasts=True)
+def _true_division(use: Use) -> bool:
+    """Not one that rounds, whose derivative is zero."""
+    return on_broadcast(use) and getattr(use.node, "_saved_rounding_mode", None) is None
+
+
+@curvature_rule(("Div", 0), ("Div", 1), covers=_true_division, broadcasts=True)
 def divided(use: Use, layout: Layout) -> Contraction:
     """p / x, and x / p."""
     other = wide(use.node._saved_other)
