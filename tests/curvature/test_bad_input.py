@@ -145,7 +145,7 @@ def test_what_has_no_rule_and_cannot_be_split_is_named_with_the_generic_path_too
     before = snapshot(model)
     with pytest.raises(CurvatureError, match=f"Functional {message}.*generic path needs it for {name}") as caught:
         hessian_trace(model, x)
-    assert isinstance(caught.value.__cause__, RuntimeError)
+    assert (caught.value.__cause__ is not None) == message.startswith("fails")
     assert_undisturbed(model, before)
 
 
