@@ -1,4 +1,4 @@
-r"""The exact diagonal costs less than approximations of it whose errors are of its own size.
+r"""The exact diagonal costs less than approximations of it whose relative errors are about one.
 
 Reproduces Fig. 3 of arXiv 2106.12612: the error of approximations of DIAG[H] against their cost, beside the exact and
 the sampled :func:`ms_optim.hessian_diagonal`.  The small fully connected and the small convolutional network, after 300

@@ -9,7 +9,7 @@ The error is the relative root mean squared error of each layer's trace,
 
     RMSE_p = √(mean (ĉ_p − c_p)²) / c_p ,
 
-over 100 repeats with fresh probes on one batch (fewer where those of one peer take more than 150 s; the table has
+over 100 repeats with fresh probes on one batch (fewer where those of one peer take more than 40 s; the table has
 the number), against c_p by the exact trace in float64.  MLP, LeNet and the small CNN, 256 images of MNIST, after 300
 steps of SGD, float32, evaluation mode.  Layers whose trace is 0 are left out.  The ratio peer / ``columns=2`` is taken
 layer by layer.  Where curvlinops gives one number for the whole network, Hutch++ and XTrace are measured twice: on an
@@ -36,7 +36,7 @@ DEVICES = ("cpu", "cuda")
 NETWORKS = ("mlp", "lenet", "small_cnn")
 PEERS = (BACKPACK_MC, HUTCHINSON + BY_LAYER, HUTCHPP + BY_LAYER, XTRACE + BY_LAYER, PYHESSIAN + BY_LAYER)
 WHOLE = (HUTCHPP, XTRACE)
-REPEATS, PATIENCE = 100, 150.0
+REPEATS, PATIENCE = 100, 40.0
 
 CLAIMS = [
     *(
@@ -153,7 +153,13 @@ def measure(scale: str, device: str) -> list[Run]:
                 many = statistics.median(timed(lambda: estimate(4 * least), device) for _ in range(5))  # noqa: B023
                 probes = affordable(seconds[SAMPLED], (least, seconds[name]), (4 * least, many), least)
             began = time.perf_counter()
-            found = repeated(estimate, probes, REPEATS if full else 5, PATIENCE)
+            try:
+                found = repeated(estimate, probes, REPEATS if full else 5, PATIENCE)
+            except Exception as error:  # noqa: BLE001 - as above: some estimators fail for some of their probes only
+                if name == SAMPLED:
+                    raise
+                runs.append(failure(network, name, error))
+                continue
             spent = (time.perf_counter() - began) / len(found)
             shared = {"network": network, "contender": name, "probes": probes, "repeats": len(found), "call": spent}
             for layer, error in errors(found, truth).items():
