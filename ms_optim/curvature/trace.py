@@ -119,7 +119,8 @@ def hessian_trace(
             ``reduction`` counts; :func:`ms_optim.curvature.losses.named_loss.loss_of` says which constants they have
             and what is refused. Label smoothing changes nothing: it moves only what is linear in the logits.
         statistics: BatchNorm's: the ``"running"`` ones, those of each ``"batch"``, or those that a forward pass in the
-            model's present modes uses (``"training"``), always held constant.
+            model's present modes uses (``"training"``), always held constant. (An InstanceNorm that keeps running
+            statistics is always measured with those.)
         generator: Draws the signs; by default a fresh one with a fixed seed, so that the same call gives the same
             numbers.
         probes: m ≥ 1, independent signed columns per sample; from 2 on :attr:`LayerTraces.standard_error` is known.
