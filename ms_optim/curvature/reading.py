@@ -7,7 +7,7 @@ under ``vmap``): exact and slow.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -28,6 +28,9 @@ from .rules.shared import Shared, shared
 # Gradients of as many columns as fit in this are taken together on the generic path.
 _GRADIENT_BYTES = 64 * 2**20
 
+
+# First column, one past the last -> these columns of a factor in pieces [c, n, K], so that not all are held at once.
+Columns = Callable[[int, int], Iterator[Tensor]]
 
 # Parameter, index and path of a use -> where its samples were found, and the positions of each that were there.
 Orders = dict[tuple[str, int, str], tuple[Order, int]]
@@ -68,14 +71,14 @@ class Reading:
 
     def _layouts(self, orders: Orders, used: Mapping[str, Sequence[Use]]) -> dict[Node, Layout | None]:
         """Where the samples are: as the graph proves, as was found before, or as is found now."""
-        rowwise = self.tape.rowwise
+        proved = self.tape.layouts
         layouts: dict[Node, Layout | None] = {}
         doubtful = {}
         for name, uses in used.items():
             for i, use in enumerate(uses):
                 order, times = orders.get((name, i, use.path), (None, 0))
-                if use.node in rowwise:
-                    layouts[use.node] = Layout(self.samples)
+                if use.node in proved:
+                    layouts[use.node] = proved[use.node]
                 elif order is not None and Layout(self.samples, order).holds(use.output_shape, times):
                     layouts[use.node] = Layout(self.samples, order)
                 elif has_rule(use):
@@ -93,18 +96,19 @@ class Reading:
                 orders[key] = found[0].order, found[0].times(use.output_shape)
         return layouts
 
-    def sums(self, columns: Iterable[Tensor], count: int, group: int | None) -> list[Tensor]:
+    def sums(self, columns: Columns, start: int, stop: int, group: int | None) -> list[Tensor]:
         """Σ_c of the squares for some columns: ``[n]`` per parameter for traces, else the parameter's shape.
 
         Args:
-            columns: Pieces ``[c, n, K]`` that are ``count`` columns in all.
-            count: Their number.
+            columns: Makes them.
+            start: The first.
+            stop: One past the last.
             group: How many go into one accumulator; ``None``: all.
         """
-        group = count if group is None else min(group, count)
+        group = max(1, stop - start if group is None else group)
         total: list[Tensor] | None = None
-        for pieces in _grouped(columns, group):
-            found = self._group_sums(pieces, sum(len(piece) for piece in pieces))
+        for first in range(start, stop, group):
+            found = self._group_sums(columns, first, min(first + group, stop))
             total = found if total is None else [a + b for a, b in zip(total, found, strict=True)]
         return total if total is not None else [self._zero(p) for p in self.parameters.values()]
 
@@ -120,9 +124,9 @@ class Reading:
         shape = parameter.shape if self.request.entries else (self.samples,)
         return torch.zeros(shape, dtype=dtype, device=parameter.device)
 
-    def _group_sums(self, pieces: Sequence[Tensor], count: int) -> list[Tensor]:
+    def _group_sums(self, columns: Columns, start: int, stop: int) -> list[Tensor]:
         """The same for columns that share their accumulators."""
-        entries = self.request.entries
+        entries, count = self.request.entries, stop - start
         waiting: dict[Node, list[Accumulator]] = {node: [] for node in self.nodes}
         results: dict[str, Accumulator | Shared] = {}
         several: list[Shared] = []
@@ -154,18 +158,18 @@ class Reading:
             sinks = {node: sink(accumulators) for node, accumulators in waiting.items()}
             at_once = columns_together(self.nodes, self.logits.device) if self.batchable else 1
             try:
-                backpropagate(self.logits, self.tape.order, sinks, pieces, after, at_once)
+                backpropagate(self.logits, self.tape.order, sinks, columns(start, stop), after, at_once)
             except Exception as error:
                 if at_once == 1:
                     self._explain(error)
                 self.batchable = False  # an operation that vmap cannot batch: everything once more, column by column
-                return self._group_sums(pieces, count)
+                return self._group_sums(columns, start, stop)
         if self.generic:
             parameters = [self.parameters[name] for name in self.generic]
             kept = self.tape.activation_bytes + sum(p.numel() * p.element_size() for p in parameters)
             gradients = _Gradients(self.logits, parameters, entries, max(1, _GRADIENT_BYTES // kept))
             try:
-                for piece in pieces:
+                for piece in columns(start, stop):
                     gradients.add(piece)
             except Exception as error:
                 self._explain(error)
@@ -259,22 +263,6 @@ class _Done(Accumulator):
     def result(self) -> Tensor:
         """See the base class."""
         return self.total
-
-
-def _grouped(columns: Iterable[Tensor], group: int) -> Iterator[list[Tensor]]:
-    """Pieces of columns in groups of a given number of columns."""
-    held: list[Tensor] = []
-    room = group
-    for piece in columns:
-        while len(piece):
-            part, piece = piece[:room], piece[room:]
-            held.append(part)
-            room -= len(part)
-            if room == 0:
-                yield held
-                held, room = [], group
-    if held:
-        yield held
 
 
 def finite_logits(logits: Tensor, index: int | None, loss: Loss, in_graph: bool = True) -> Tensor:

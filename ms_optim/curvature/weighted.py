@@ -18,7 +18,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..batch import Batch
 from .evaluation import Statistics, evaluation
 from .graph.backprop import deltas, find_layouts, no_layout
-from .graph.layout import Layout
 from .graph.tape import read_tape
 from .losses.loss import Loss
 from .losses.named_loss import loss_of
@@ -65,8 +64,8 @@ def weighted_trace(
         uses = [use for found in tape.uses.values() for use in found]
         if not uses:
             return logits.new_zeros(())
-        doubtful = [use for use in uses if use.node not in tape.rowwise]
-        layouts = dict.fromkeys((use.node for use in uses), Layout(samples))
+        doubtful = [use for use in uses if use.node not in tape.layouts]
+        layouts = dict(tape.layouts)
         for node, fitting in find_layouts(logits, doubtful).items():
             if not fitting:
                 raise no_layout(next(use for use in uses if use.node is node), samples)

@@ -283,7 +283,7 @@ def test_rows_of_weights_are_not_rows_of_samples():
         return (x @ v) @ (v.t() @ w)
 
     tape = tape_of(forward, v=(3, 4), w=(3, 4))
-    batch = [node for node in tape.rowwise if operation(node) == "Mm"]
+    batch = [node for node in tape.layouts if operation(node) == "Mm"]
     assert len(batch) == 2  # the logits and x v
 
 

@@ -26,22 +26,14 @@ from functools import cached_property
 
 from torch import Tensor, nn
 
-from .kind import BATCH_NORMS, nonlinear_in, union
+from .kind import nonlinear_in, union
+from .layout import Layout
 from .registry import entry_at
+from .rows import proved_layouts
 from .use import Node, Use, derivation, operation, shape_of, transposition
 
 __all__ = ["Node", "Tape", "Use", "operation", "read_tape"]
 
-# Operations that give row n of the first axis from row n of their inputs, provided that both have as many rows as there
-# are samples. (A view that keeps the length of the first axis keeps its rows.)
-_ROWWISE = frozenset(
-    """
-Addmm Mm Relu LeakyRelu Threshold Hardtanh Gelu Silu Sigmoid Tanh Hardswish Hardsigmoid Clamp ClampMin Convolution
-MaxPool2DWithIndices MaxPool3DWithIndices AvgPool2D AvgPool3D MkldnnMaxPool2D MkldnnAdaptiveAvgPool2D AdaptiveAvgPool2D
-AdaptiveAvgPool3D AdaptiveMaxPool2D View UnsafeView ReshapeAlias Clone NativeBatchNorm CudnnBatchNorm
-""".split()
-)
-_DATA_SLOT = {"Addmm": 1, "Mm": 0, "Convolution": 0, "NativeBatchNorm": 0, "CudnnBatchNorm": 0}  # else: any
 _VIEWS = frozenset(
     """
 AccumulateGrad View UnsafeView ReshapeAlias T Transpose Permute Expand Squeeze Unsqueeze Select Slice Alias AsStrided
@@ -67,27 +59,9 @@ class Tape:
     order: list[Node] = field(default_factory=list)
 
     @cached_property
-    def rowwise(self) -> set[Node]:
-        """The nodes whose outputs provably hold one sample per row of the first axis.
-
-        A node is one if its first axis is as long as the logits' and all that is done with it down to the logits goes
-        row by row.  What is not proved is only doubtful: :func:`~ms_optim.curvature.graph.backprop.find_layouts` looks.
-        """
-        samples = shape_of(self.order[-1])[0]
-        safe = {self.order[-1]}
-        doubtful: set[Node] = set()
-        for node in reversed(self.order):
-            name = operation(node)
-            rows = name in _ROWWISE and node in safe and node not in doubtful
-            if name in BATCH_NORMS and node._saved_training:
-                rows = False
-            for slot, (source, output) in enumerate(node.next_functions):
-                if source is None or not source._input_metadata:
-                    continue
-                shape = shape_of(source, output)
-                kept = rows and _DATA_SLOT.get(name, slot) == slot and len(shape) > 0 and shape[0] == samples
-                (safe if kept else doubtful).add(source)
-        return safe - doubtful
+    def layouts(self) -> dict[Node, Layout]:
+        """See :func:`ms_optim.curvature.graph.rows.proved_layouts`."""
+        return proved_layouts(self.order)
 
     @cached_property
     def activation_bytes(self) -> int:
