@@ -12,13 +12,13 @@ Source: our own; P and its columns as in arXiv 2106.12612, Prop. 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .reading import Reading
+from .reading import Columns, Reading
 from .request import Request, Totals
 from .rules.contraction import wide
 
@@ -104,31 +104,35 @@ class Scheme:
 
     def _exact(self, reading: Reading, start: int, stop: int, group: int | None) -> Estimate:
         """Some columns, and nothing left out."""
-        sums = reading.reduced(reading.sums(self._columns(reading.logits, start, stop), stop - start, group))
+        whole = start == 0 and stop == self.request.loss.rank(reading.classes)
+        columns = self._exact_columns if whole else self._leading_columns
+        sums = reading.reduced(reading.sums(columns(reading.logits), start, stop, group))
         return Estimate(sums, None, stop - start)
 
-    def _columns(self, logits: Tensor, start: int, stop: int) -> Iterator[Tensor]:
-        """Columns of S in pieces, so that not all of them are there at once."""
-        step = max(1, _COLUMN_BYTES // max(1, logits.numel() * logits.element_size()))
-        whole = start == 0 and stop == self.request.loss.rank(logits.shape[1])
-        make = self.request.loss.exact if whole else self.request.loss.leading
-        for first in range(start, stop, step):
-            yield make(logits, first, min(first + step, stop))
+    def _exact_columns(self, logits: Tensor) -> Columns:
+        """Columns of S in the order of the classes."""
+        return _in_pieces(self.request.loss.exact, logits)
+
+    def _leading_columns(self, logits: Tensor) -> Columns:
+        """Columns of S in the descending order of each sample."""
+        return _in_pieces(self.request.loss.leading, logits)
 
     def _sampled(self, reading: Reading, leading: Tensor, signed: Tensor, group: int | None) -> Estimate:
         """r columns, and the mean of m signed ones."""
         count = len(leading) + len(signed)
         if len(signed) == 1:
-            return Estimate(reading.reduced(reading.sums([torch.cat([leading, signed])], count, group)), None, count)
+            sums = reading.sums(_given(torch.cat([leading, signed])), 0, count, group)
+            return Estimate(reading.reduced(sums), None, count)
         mean, variance = self._scatter(reading, signed)
         if len(leading):
-            mean = _added(reading.sums([leading], len(leading), group), mean)
+            mean = _added(reading.sums(_given(leading), 0, len(leading), group), mean)
         return Estimate(reading.reduced(mean), reading.reduced(variance), count)
 
     def _scatter(self, reading: Reading, signed: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Mean, and variance of the mean, over independent signed columns: per sample for traces, else per entry."""
         means, variances = [], []
-        for each in zip(*(reading.sums([column[None]], 1, None) for column in signed), strict=True):
+        columns = _given(signed)
+        for each in zip(*(reading.sums(columns, c, c + 1, None) for c in range(len(signed))), strict=True):
             stack = torch.stack(each) if self.request.entries else torch.stack(each).double()
             means.append(stack.mean(0))
             variances.append(stack.var(0) / len(each))
@@ -149,7 +153,7 @@ class Scheme:
         columns = self._begin
         while columns < rank - 1:
             if columns > done:
-                new = reading.sums(self._columns(logits, done, columns), columns - done, group)
+                new = reading.sums(self._leading_columns(logits), done, columns, group)
                 base = new if base is None else _added(base, new)
             sent, done = sent + columns - done + probes, columns
             if self._precise(*scatter(columns)):
@@ -172,6 +176,22 @@ class Scheme:
             # Of a diagonal the whole is judged, in the Euclidean norm: single entries may be as good as zero.
             excess.append((spread.sum() - _MARGIN * tolerance**2 * total.square().sum()).double())
         return bool(torch.stack(excess).max() <= 0)
+
+
+def _in_pieces(make: Callable[[Tensor, int, int], Tensor], logits: Tensor) -> Columns:
+    """Columns of a factor, so many at a time that not all of them are there at once."""
+    step = max(1, _COLUMN_BYTES // max(1, logits.numel() * logits.element_size()))
+
+    def columns(start: int, stop: int) -> Iterator[Tensor]:
+        for first in range(start, stop, step):
+            yield make(logits, first, min(first + step, stop))
+
+    return columns
+
+
+def _given(columns: Tensor) -> Columns:
+    """Columns that are there already."""
+    return lambda start, stop: iter((columns[start:stop],))
 
 
 def _added(first: Sequence[Tensor], second: Sequence[Tensor]) -> list[Tensor]:

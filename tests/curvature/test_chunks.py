@@ -19,8 +19,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import ms_optim
-from ms_optim.curvature import budget, hessian_diagonal, hessian_trace, measurement, scheme
+from ms_optim.curvature import budget, hessian_diagonal, hessian_trace, measurement, reading, scheme
 from ms_optim.errors import CurvatureError, MemoryBudgetError
+from ms_optim.models import cifar_resnet
 
 MEASURES = [hessian_trace, hessian_diagonal]
 
@@ -338,25 +339,51 @@ def test_a_model_whose_rows_are_not_samples_is_refused_with_a_budget_and_measure
 
 
 def test_columns_are_made_in_pieces_whatever_the_number_of_classes(monkeypatch):
-    largest = []
-    original = scheme.Scheme._columns
+    sizes, living, together = [], weakref.WeakSet(), []
+    original = scheme._in_pieces
 
-    def columns(self, logits, start, stop):
-        for piece in original(self, logits, start, stop):
-            largest.append(piece.numel() * piece.element_size())
-            yield piece
+    def in_pieces(make, logits):
+        def made(*arguments):
+            piece = make(*arguments)
+            sizes.append(piece.numel() * piece.element_size())
+            living.add(piece)
+            together.append(len(living))
+            return piece
 
-    monkeypatch.setattr(scheme.Scheme, "_columns", columns)
+        return original(made, logits)
+
+    monkeypatch.setattr(scheme, "_in_pieces", in_pieces)
     monkeypatch.setattr(scheme, "_COLUMN_BYTES", 2**16)
     results = {}
     for classes in (20, 400):
         torch.manual_seed(0)
         model, x = small_mlp(classes), torch.randn(8, 5)
-        largest.clear()
+        sizes.clear()
         results[classes] = hessian_trace(model, x)
-        assert max(largest) <= 2**16 and sum(largest) == 8 * (classes - 1) * 8 * classes
+        assert max(sizes) <= 2**16 and sum(sizes) == 8 * (classes - 1) * 8 * classes
+    assert max(together) <= 2  # the next one is made while the last one is let go
     monkeypatch.setattr(scheme, "_COLUMN_BYTES", 2**40)
     assert_equal_results(hessian_trace(model, x), results[400])
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_a_column_leaves_no_tensor_behind(measure, monkeypatch):
+    # Small ones that stay keep large ones from using the same memory again: a thousand classes once took 8 GB.
+    living = []
+    original = scheme._in_pieces
+
+    def in_pieces(make, logits):
+        def made(*arguments):
+            living.append(sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects()))
+            return make(*arguments)
+
+        return original(made, logits)
+
+    monkeypatch.setattr(scheme, "_in_pieces", in_pieces)
+    monkeypatch.setattr(scheme, "_COLUMN_BYTES", 1)  # column by column
+    monkeypatch.setattr(reading, "columns_together", lambda nodes, device: 1)
+    measure(cifar_resnet(8, num_classes=40), torch.randn(2, 3, 8, 8))
+    assert len(living) == 39 and len(set(living[3:])) == 1
 
 
 @pytest.mark.parametrize("measure", MEASURES)
@@ -446,3 +473,4 @@ def test_the_peak_does_not_grow_with_the_number_of_classes():
     logits = 512 * 1000 * 4
     # Logits, leading and signed columns, what they are made of; S itself would be a thousand times the logits.
     assert many <= few + 20 * logits
+

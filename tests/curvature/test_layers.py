@@ -138,7 +138,7 @@ def test_the_cheaper_route_is_taken():
 def test_half_precision_is_widened_before_it_is_squared():
     x = torch.full((2, 2), 300.0, dtype=torch.float16)
     assert wide(x).dtype == torch.float32 and wide(x.double()).dtype == torch.float64
-    assert float(Piece(x[None]).row_norms.square().sum()) == pytest.approx(4 * 300.0**2)  # beyond half precision
+    assert float(Piece(x[None]).row_squares.sum()) == pytest.approx(4 * 300.0**2)  # beyond half precision
 
 
 # Another form of a parameter must not cost more than the parameter: name → (forward of x [N, 5], shape).

@@ -53,9 +53,39 @@ class Piece:
         self.delta = delta
 
     @cached_property
-    def row_norms(self) -> Tensor:
-        """‖δ_cm‖ over the last axis, ``[c, …]``: what a linear layer's weight and bias share."""
-        return torch.linalg.vector_norm(wide(self.delta), dim=-1)
+    def row_squares(self) -> Tensor:
+        """Σ_c ‖δ_cm‖² over the last axis, ``[m]``: what a linear layer's weight and bias share."""
+        return torch.linalg.vector_norm(wide(self.delta), dim=(0, -1)).square()
+
+
+class Running:
+    """A running sum, in float64 from its second term on: a thousand terms cost float32 three digits.
+
+    The terms are not kept for a sum in the end: each small tensor would come to lie in the room that a large one has
+    just left, so that the next large one needs new memory, column after column.
+
+    Args:
+        inplace: Whether the first term is nobody else's and may be added to, in its own type.
+    """
+
+    def __init__(self, inplace: bool = False) -> None:
+        self._total: Tensor | None = None
+        self._own = inplace
+
+    def add(self, more: Tensor) -> None:
+        """Add a term."""
+        if self._total is None:
+            self._total = more
+        elif self._own:
+            self._total.add_(more)
+        else:
+            self._total, self._own = self._total.double() + more, True
+
+    @property
+    def total(self) -> Tensor:
+        """The sum of at least one term."""
+        assert self._total is not None
+        return self._total
 
 
 class Accumulator(ABC):
@@ -116,16 +146,16 @@ class _Squares(Accumulator):
 
     def __init__(self, rule: Contraction) -> None:
         self.rule = rule
-        self.sums: list[Tensor] = []
+        self.squares = Running()
 
     def add(self, piece: Piece) -> None:
         """See the base class."""
         for column in piece.delta.split(1):
-            self.sums.append(row_squares(self.rule.gradients(column)[0]))
+            self.squares.add(row_squares(self.rule.gradients(column)[0]))
 
     def result(self) -> Tensor:
         """See the base class."""
-        return torch.stack(self.sums).sum(0)
+        return self.squares.total
 
 
 class _SquaredEntries(Accumulator):
@@ -157,16 +187,15 @@ class RowNorms(Accumulator):
 
     def __init__(self, factor: Callable[[], Tensor] | None = None) -> None:
         self.factor = factor
-        self.norms: list[Tensor] = []
+        self.squares = Running()
 
     def add(self, piece: Piece) -> None:
         """See the base class."""
-        self.norms.append(piece.row_norms)
+        self.squares.add(piece.row_squares)
 
     def result(self) -> Tensor:
         """See the base class."""
-        squares = torch.cat(self.norms).square().sum(0)
-        return squares if self.factor is None else squares * self.factor()
+        return self.squares.total if self.factor is None else self.squares.total * self.factor()
 
 
 def slices(samples: int, bytes_per_sample: int) -> Iterator[slice]:

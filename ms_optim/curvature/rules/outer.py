@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from ..graph.layout import Layout
 from ..graph.use import Use
-from .contraction import Accumulator, Contraction, Piece, RowNorms, row_squares, slices, square_sum, wide
+from .contraction import Accumulator, Contraction, Piece, RowNorms, Running, row_squares, slices, square_sum, wide
 
 # With so many rows a product with a sample's U is efficient; to put columns together for more costs what it saves.
 _ROWS = 128
@@ -206,7 +206,7 @@ class _OuterDirect(Accumulator):
         self.inputs: list[tuple[slice, Tensor]] | None = None
         self.keeps_input = rule.keeps_input(columns)
         self.deltas: list[Tensor] = []
-        self.sums: list[Tensor] = []
+        self.squares = Running(inplace=entries)
 
     def add(self, piece: Piece) -> None:
         """See the base class."""
@@ -222,8 +222,7 @@ class _OuterDirect(Accumulator):
         """See the base class."""
         if self.deltas:
             self._contract(self.deltas, self._inputs(sum(len(delta) for delta in self.deltas)))
-        total = self.sums[0] if len(self.sums) == 1 else torch.stack(self.sums).sum(0)
-        return self.rule.shape(total) if self.entries else total
+        return self.rule.shape(self.squares.total) if self.entries else self.squares.total
 
     def _inputs(self, columns: int) -> Iterator[tuple[slice, Tensor]]:
         """U, slice by slice."""
@@ -250,9 +249,9 @@ class _OuterDirect(Accumulator):
                     squares.append(row_squares(g))
             found.append(torch.stack(squares).sum(0) if len(squares) > 1 else squares[0])
         if self.entries:
-            self.sums = [torch.stack([*self.sums, *found]).sum(0)]
+            self.squares.add(torch.stack(found).sum(0) if len(found) > 1 else found[0])
         else:
-            self.sums.append(torch.cat(found) if len(found) > 1 else found[0])
+            self.squares.add(torch.cat(found) if len(found) > 1 else found[0])
 
 
 def _with_rows(columns: Sequence[Tensor], enough: int) -> Iterator[list[Tensor]]:

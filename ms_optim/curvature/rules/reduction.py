@@ -11,7 +11,7 @@ from torch import Tensor
 from ...errors import NoRuleError
 from ..graph.layout import Layout
 from ..graph.use import Use
-from .contraction import Accumulator, Contraction, Piece, RowNorms, slices, wide
+from .contraction import Accumulator, Contraction, Piece, RowNorms, Running, slices, wide
 
 
 class Reduced(Contraction):
@@ -67,7 +67,7 @@ class _ReducedSquares(Accumulator):
 
     def __init__(self, rule: Reduced) -> None:
         self.rule = rule
-        self.sums: list[Tensor] = []
+        self.squares = Running()
 
     def add(self, piece: Piece) -> None:
         """See the base class."""
@@ -78,11 +78,11 @@ class _ReducedSquares(Accumulator):
             torch.linalg.vector_norm(rule.part_gradients(columns, part).flatten(2), dim=-1).square().sum(0)
             for part in slices(rule.samples, size)
         ]
-        self.sums.append(torch.cat(found) if len(found) > 1 else found[0])
+        self.squares.add(torch.cat(found) if len(found) > 1 else found[0])
 
     def result(self) -> Tensor:
         """See the base class."""
-        return torch.stack(self.sums).sum(0)
+        return self.squares.total
 
 
 class Broadcast(Contraction):
