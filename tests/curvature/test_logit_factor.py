@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ms_optim.curvature.losses import logit_factor
-from ms_optim.curvature.losses.logit_factor import exact_columns, probe, sampled_columns, signs
+from ms_optim.curvature.losses.logit_factor import exact_columns, probe, sampled_columns, signs, split_columns
 from ms_optim.reference.curvature import factor_error, logit_hessian
 
 
@@ -60,7 +60,7 @@ def test_leading_columns_and_a_signed_one_are_unbiased_over_all_signs(logits, co
     if count >= classes - 2:
         assert factor_error(sampled_columns(logits, count, torch.Generator()), logits) < 1e-15
         return
-    mean = over_all_signs(logits, classes - 1 - count, lambda: sampled_columns(logits, count, torch.Generator()))
+    mean = over_all_signs(logits, classes - 1, lambda: sampled_columns(logits, count, torch.Generator()))
     assert float((mean - logit_hessian(logits)).abs().max()) < 1e-15
 
 
@@ -148,3 +148,135 @@ def test_signs_are_plus_and_minus_one_from_the_generator_alone():
     assert drawn.dtype == torch.float32 and set(drawn.unique().tolist()) == {-1.0, 1.0}
     assert torch.equal(drawn, signs((50, 40), like, torch.Generator().manual_seed(5)))
     assert abs(float(drawn.mean())) < 5 / 2000**0.5
+
+
+@st.composite
+def many_classes(draw):
+    """From uniform over long-tailed to saturated: ``[N, K]`` on both sides of where all classes are sorted, and r."""
+    torch.manual_seed(draw(st.integers(0, 2**16)))
+    classes = draw(st.sampled_from([3, 7, 128, 129, 140, 300]))
+    logits = draw(st.sampled_from([0.0, 1.0, 10.0, 1000.0])) * torch.randn(draw(st.integers(1, 3)), classes)
+    if draw(st.booleans()):
+        logits -= 2 * torch.arange(1.0, 1 + classes).log()
+    if draw(st.booleans()):
+        logits = logits.round()  # ties
+    return logits, draw(st.integers(0, min(classes - 1, 20)))
+
+
+def split_in_log_space(logits, columns, eps):
+    """Σ_{k<r} apart and Σ_{k≥r} ε_k S_k column by column, in the order of elimination that ``split_columns`` takes."""
+    samples, classes = logits.shape
+    head = classes - 1 if classes <= 128 else max(columns, 14)
+    order = logit_factor._likeliest(logits.softmax(-1).clamp_min(torch.tensor(-700.0).exp()), columns, head + 1)
+    leading, signed = torch.zeros(columns, samples, classes), torch.zeros(len(eps), samples, classes)
+    for n in range(samples):
+        first = order[n].tolist()
+        tail = [k for k in range(classes) if k not in first]
+        log_p = logit_factor.log_probabilities(logits)[n, first + tail]
+        factor = logit_factor.cholesky_columns(log_p[None], 0, classes - 1)[:, 0]
+        # The pivot and the tail: √q diag(u) (I − 2 v vᵀ / vᵀv) without its first column, v = u + e₁.
+        log_q = log_p[head:].logsumexp(0)
+        u = (0.5 * (log_p[head:] - log_q)).exp()
+        v = u + torch.eye(len(u))[0]
+        reflection = torch.eye(len(u)) - 2 * torch.outer(v, v) / v.dot(v)
+        factor[head:] = 0.0
+        factor[head:, head:] = (torch.diag((0.5 * log_p[head:]).exp()) @ reflection).T[1:]
+        leading[:, n, first + tail] = factor[:columns]
+        for m, sign in enumerate(eps[:, n].double()):
+            by_class = torch.cat([sign, sign[first[-1] : first[-1] + 1] if first[-1] < classes - 1 else sign[:1]])
+            chosen = sign if classes <= 128 else by_class[first[:-1] + tail]
+            signed[m, n, first + tail] = chosen[columns:] @ factor[columns:]
+    return leading, signed
+
+
+@given(many_classes())
+def test_the_split_in_probabilities_equals_the_columns_in_log_space(case):
+    logits, columns = case
+    eps = logit_factor.coins((2, len(logits), logits.shape[1] - 1), torch.Generator().manual_seed(0))
+    root = (0.5 * logit_factor.log_probabilities(logits)).exp()  # |S_jk| ≤ √p_j
+    for fast, slow in zip(split_columns(logits, columns, eps), split_in_log_space(logits, columns, eps), strict=True):
+        assert bool(((fast - slow).abs() <= 1e-12 * root).all())
+
+
+@given(many_classes())
+def test_the_sorted_split_equals_the_signed_column_in_log_space(case):
+    logits, columns = case
+    logits, columns = logits[:, :100], min(columns, logits[:, :100].shape[1] - 1)
+    eps = logit_factor.coins((2, len(logits), logits.shape[1] - 1), torch.Generator().manual_seed(0))
+    log_p, order = logit_factor._descending(logits)
+    slow = logit_factor.signed_column(log_p, columns, eps[..., columns:].double())
+    fast = split_columns(logits, columns, eps)[1].gather(-1, order.expand(2, -1, -1))
+    assert bool(((fast - slow).abs() <= 1e-12 * (0.5 * log_p).exp()).all())
+
+
+@given(many_classes())
+def test_leading_columns_and_those_that_share_a_signed_one_multiply_out_to_the_logit_hessian(case):
+    # The signed column is linear in its signs: E b bᵀ is the sum over unit vectors in their place.
+    logits, columns = case
+    last = logits.shape[1] - 1
+    units = torch.eye(last)[:, None].expand(-1, len(logits), -1)
+    assert factor_error(torch.cat(split_columns(logits, columns, units)), logits) < 1e-14
+
+
+@given(many_classes())
+def test_split_columns_lead_with_the_likeliest_classes_and_ties_in_the_order_of_the_classes(case):
+    logits, columns = case
+    p = logits.softmax(-1).clamp_min(torch.tensor(-700.0).exp())
+    expected = p.sort(dim=-1, descending=True, stable=True).indices[:, :columns]
+    leading = split_columns(logits, columns, torch.ones(1, len(logits), logits.shape[1] - 1))[0]
+    # A column is positive at the class that it eliminates, and nowhere else.
+    assert torch.equal(leading.argmax(-1).T, expected)
+
+
+@given(many_classes(), st.data())
+def test_the_split_of_a_sample_does_not_depend_on_the_others(case, data):
+    logits, columns = case
+    eps = logit_factor.coins((2, len(logits), logits.shape[1] - 1), torch.Generator().manual_seed(0))
+    n = data.draw(st.integers(0, len(logits) - 1))
+    alone = split_columns(logits[n : n + 1], columns, eps[:, n : n + 1])
+    for one, whole in zip(alone, split_columns(logits, columns, eps), strict=True):
+        torch.testing.assert_close(one[:, 0], whole[:, n], rtol=1e-14, atol=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("classes", [3, 6, 128, 129, 1000])
+def test_saturated_logits_give_finite_split_columns(dtype, classes):
+    pattern = torch.tensor([0.0, 1e4, -1e4, 40.0, -90.0, 1e4 - 64.0])
+    rows = [pattern.repeat(200)[:classes], pattern.flip(0).repeat(200)[:classes], -7.0 * torch.arange(classes)]
+    rows += [torch.full((classes,), -1e4), torch.full((classes,), -1e4).index_fill(0, torch.tensor(2), 1e4)]
+    logits = torch.stack(rows).to(dtype)
+    eps = logit_factor.coins((3, len(logits), classes - 1), torch.Generator().manual_seed(0))
+    for columns in (0, 1, 2, min(30, classes - 1)):
+        for part in split_columns(logits, columns, eps):
+            assert part.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+            assert bool(torch.isfinite(part).all())
+        units = torch.eye(classes - 1)[:, None].expand(-1, len(logits), -1)
+        factor = torch.cat(split_columns(logits.double(), columns, units))
+        assert factor_error(factor, logits.double()) < 1e-14
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 4.0, 10.0])
+def test_an_unsorted_tail_adds_little_to_the_variance(scale, monkeypatch):
+    weight = torch.randn(300, 32) / 32**0.5
+    logits = scale * torch.randn(4, 32) @ weight.T
+    units = torch.eye(299)[:, None].expand(-1, 4, -1)
+
+    def variance():
+        # Var |bᵀ J|² = 2 Σ_{k≠l} (S_kᵀ J Jᵀ S_l)² for b = Σ ε_k S_k.
+        gram = torch.einsum("cnk,kd->ncd", split_columns(logits, 2, units)[1], weight)
+        gram = gram @ gram.mT
+        return float(2 * (gram.square().sum() - gram.diagonal(dim1=1, dim2=2).square().sum()))
+
+    unsorted = variance()
+    monkeypatch.setattr(logit_factor, "_SORTED_CLASSES", 300)
+    assert unsorted < 1.05 * variance()
+
+
+def test_any_number_of_coins_is_balanced_and_independent_across_the_bits_of_a_word():
+    for shape in ((0,), (1,), (63,), (3, 0, 2), (7, 11, 13), (7, 11, 113), (8191,), (8192,), (8193,)):
+        drawn = logit_factor.coins(shape, torch.Generator().manual_seed(1))
+        assert drawn.shape == shape and drawn.dtype == torch.int8 and bool((drawn.abs() == 1).all())
+    words = logit_factor.coins((4000, 64), torch.Generator().manual_seed(1)).double()
+    correlation = words.T @ words / 4000 - torch.eye(64)
+    assert float(correlation.abs().max()) < 5 / 4000**0.5
+    assert float(words.mean(0).abs().max()) < 5 / 4000**0.5

@@ -66,7 +66,7 @@ class Loss(ABC):
 
     @abstractmethod
     def split(self, logits: Tensor, columns: int, eps: Tensor) -> tuple[Tensor, Tensor]:
-        """r leading columns, and Σ_{k≥r} ε_k S_k for signs ``[probes, N, rank − r]``; see :meth:`sampled`."""
+        """r leading columns, and Σ_{k≥r} ε_k S_k for signs ``[probes, N, rank]``; see :meth:`sampled`."""
 
     @abstractmethod
     def remaining(self, logits: Tensor) -> Tensor:
@@ -86,7 +86,8 @@ class Loss(ABC):
             generator: The source of randomness; the global streams are not touched.
 
         Returns:
-            ±1 as int8 ``[probes, N, rank]`` on the generator's device; sign k belongs to column k in leading order.
+            ±1 as int8 ``[probes, N, rank]`` on the generator's device, one for each column; which one is that of which
+            column is for the loss to say.
         """
         return logit_factor.coins((probes, samples, self.rank(classes)), generator)
 
@@ -119,7 +120,7 @@ class Loss(ABC):
         if columns >= rank - 1:
             whole = self.leading(logits)
             return whole, whole[:0]
-        return self.split(logits, columns, noise[..., columns:])
+        return self.split(logits, columns, noise)
 
     def numerical_rank(self, logits: Tensor, tolerance: float) -> int:
         r"""The smallest r with Σ_i Tr R_i ≤ tolerance · Σ_i Tr P_i, where R_i = P_i − (r leading columns)(…)ᵀ.
@@ -228,7 +229,7 @@ class ElementwiseLoss(Loss):
         with torch.no_grad():
             root, order = self.root(logits).sort(dim=-1, descending=True, stable=True)
             first = _one_per_column(root[:, :columns], order[:, :columns], logits.shape[1])
-            rest = eps.to(device=root.device, dtype=root.dtype) * root[:, columns:]
+            rest = eps[..., columns:].to(device=root.device, dtype=root.dtype) * root[:, columns:]
             signed = root.new_zeros(len(eps), *root.shape)
             return first, signed.scatter_(-1, order[:, columns:].expand_as(rest), rest)
 
