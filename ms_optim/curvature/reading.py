@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NoReturn
 
 import torch
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 
 from ..errors import CurvatureError, DataError, MsOptimError, NoRuleError
 from .budget import columns_together
-from .graph.backprop import Sink, backpropagate, find_layouts, no_layout, undifferentiable
+from .graph.backprop import Sink, backpropagate, find_layouts, lowest, no_layout, undifferentiable
 from .graph.layout import Layout, Order
+from .graph.lift import Lift, Pooled, lifts
 from .graph.tape import Node, Tape, Use, operation, read_tape
 from .losses.loss import Loss
 from .request import Request
@@ -62,6 +64,16 @@ class Reading:
                     raise
                 self.generic.append(name)
         self.nodes: list[Node] = list(dict.fromkeys(rule.use.node for rules in self.rules.values() for rule in rules))
+
+    @cached_property
+    def ends(self) -> list[Node]:
+        """The places of uses below which there is none."""
+        return lowest(self.tape.order, self.nodes)
+
+    @cached_property
+    def lifts(self) -> dict[Node, Lift]:
+        """The places of uses whose δ is known from a pooling above."""
+        return lifts(self.tape.order, self.nodes)
 
     def _rule(self, use: Use, layout: Layout | None) -> Contraction:
         """The contraction of a use, if it has one."""
@@ -143,7 +155,7 @@ class Reading:
                 waiting[rule.use.node].append(together.part(rule))
 
         def sink(accumulators: list[Accumulator]) -> Sink:
-            def take(delta: Tensor) -> None:
+            def take(delta: Tensor | Pooled) -> None:
                 piece = Piece(delta)
                 for accumulator in accumulators:
                     accumulator.add(piece)
@@ -157,8 +169,13 @@ class Reading:
         if waiting:
             sinks = {node: sink(accumulators) for node, accumulators in waiting.items()}
             at_once = columns_together(self.nodes, self.logits.device) if self.batchable else 1
+            lifted = {}
+            if at_once == 1:
+                for node, lift in self.lifts.items():  # at an end there is nothing below that asks for δ itself
+                    if node in self.ends or all(each.prefers(lift) for each in waiting[node]):
+                        lifted[node] = lift
             try:
-                backpropagate(self.logits, self.tape.order, sinks, columns(start, stop), after, at_once)
+                backpropagate(self.logits, sinks, self.ends, lifted, columns(start, stop), after, at_once)
             except Exception as error:
                 if at_once == 1:
                     self._explain(error)

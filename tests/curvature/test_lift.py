@@ -8,10 +8,10 @@ from torch import nn
 from torch.autograd.graph import GradientEdge
 from torch.nn import functional as F
 
-from ms_optim.curvature import budget, hessian_trace
-from ms_optim.curvature.graph import backprop
-from ms_optim.curvature.graph.lift import lifts
+from ms_optim.curvature import budget, hessian_diagonal, hessian_trace
+from ms_optim.curvature.graph.lift import Lift, lifts
 from ms_optim.curvature.graph.tape import read_tape
+from ms_optim.curvature.rules import outer
 from ms_optim.reference import curvature as oracle
 
 GEOMETRIES = st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(0, 1), st.integers(1, 2), st.booleans())
@@ -33,7 +33,7 @@ def test_a_lifted_delta_is_the_one_of_backpropagation(geometry, inplace, seed):
     column = torch.randn_like(logits)
     edges = [GradientEdge(node, 0) for node in (end, lift.pool)]
     expected, above = torch.autograd.grad(logits, edges, column)
-    torch.testing.assert_close(lift.down(above), expected, rtol=1e-14, atol=0.0)
+    torch.testing.assert_close(lift.pooled(above).delta(), expected[None], rtol=1e-14, atol=0.0)
 
 
 OTHERWISE = {
@@ -63,14 +63,53 @@ def test_nothing_else_is_lifted_and_all_of_it_is_exact(case):
     assert dict(hessian_trace(model, x)) == pytest.approx(oracle.gauss_newton_traces(model, x), rel=1e-10)
 
 
-def test_a_lifted_network_is_exact_column_by_column(monkeypatch):
-    torch.manual_seed(0)
+def exact_by_windows(model, x, monkeypatch):
+    """Trace and diagonal, column by column, against whole Jacobians; the number of sums over windows."""
+    count = []
+    original = outer._OuterDirect._contract_pooled
+    monkeypatch.setattr(outer._OuterDirect, "_contract_pooled", lambda self: count.append(1) or original(self))
     monkeypatch.setattr(budget, "_TOGETHER_BYTES", {"cpu": 0})
-    lifted = []
-    monkeypatch.setattr(backprop, "lifts", lambda *a: lifted.append(lifts(*a)) or lifted[-1])
-    first = [nn.Conv2d(2, 3, 3), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2)]
+    expected = oracle.exact_diagonals(model, x)
+    for name, diagonal in hessian_diagonal(model, x).items():
+        torch.testing.assert_close(diagonal, expected[name], rtol=1e-10, atol=1e-12 * float(expected[name].max()))
+    traces = {name: float(diagonal.sum()) for name, diagonal in expected.items()}
+    assert dict(hessian_trace(model, x)) == pytest.approx(traces, rel=1e-10)
+    return len(count)
+
+
+@given(GEOMETRIES, GEOMETRIES, st.sampled_from([1, 2]), st.sampled_from([2, 8]), st.booleans(), st.integers(0, 2**16))
+@settings(max_examples=30, deadline=None)
+def test_sums_over_windows_are_sums_over_positions(pool, convolution, groups, classes, first, seed):
+    kernel, stride, padding, dilation, ceil = pool
+    assume(2 * padding <= kernel)
+    size, step, border, spread, bias = convolution
+    torch.manual_seed(seed)
+    below = [] if first else [nn.Conv2d(2, 2, 1)]
+    layer = nn.Conv2d(2, 4, size, step, border, spread, groups, bias)
+    features = nn.Sequential(*below, layer, nn.ReLU(), nn.MaxPool2d(kernel, stride, padding, dilation, ceil_mode=ceil))
+    x = torch.randn(3, 2, 9, 8)
+    try:
+        out = features(x)
+    except RuntimeError:
+        assume(False)
+    model = nn.Sequential(features, nn.Flatten(), nn.Tanh(), nn.Linear(out[0].numel(), classes))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(outer.Outer, "prefers_gram", lambda self, columns: False)
+        monkeypatch.setattr(outer._OuterDirect, "prefers", lambda self, lift: self.rule.plane)
+        # (With something below, the diagonal of the bias takes δ itself, and the weight with it.)
+        assert exact_by_windows(model, x, monkeypatch) >= (2 if first or not bias else 1)
+
+
+def test_windows_are_summed_over_where_that_is_shorter_and_at_ends_delta_is_never_spread(monkeypatch):
+    torch.manual_seed(0)
+    spread = []
+    down = Lift.down
+    monkeypatch.setattr(Lift, "down", lambda self, bracket: spread.append(1) or down(self, bracket))
+    first = [nn.Conv2d(1, 3, 3), nn.ReLU(inplace=True), nn.MaxPool2d(2)]
     second = [nn.Conv2d(3, 3, 2), nn.ReLU(), nn.MaxPool2d(2, 1)]
-    model = nn.Sequential(*first, *second, nn.Flatten(), nn.Linear(3, 3))
-    x = torch.randn(3, 2, 9, 9)
-    assert dict(hessian_trace(model, x)) == pytest.approx(oracle.gauss_newton_traces(model, x), rel=1e-10)
-    assert [len(found) for found in lifted] == [1]  # the first convolution, below which nothing is wanted
+    model = nn.Sequential(*first, *second, nn.Flatten(), nn.Linear(12, 8))
+    x = torch.randn(3, 1, 10, 10)
+    assert exact_by_windows(model, x, monkeypatch) >= 2
+    spread.clear()
+    hessian_trace(model, x)
+    assert not spread

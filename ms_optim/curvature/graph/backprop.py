@@ -13,7 +13,7 @@ kept until the call returns.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -21,10 +21,10 @@ from torch.autograd.graph import GradientEdge
 
 from ...errors import NoRuleError
 from .layout import Layout, Order
-from .lift import lifts
+from .lift import Lift, Pooled
 from .tape import Node, Use
 
-Sink = Callable[[Tensor], None]  # takes δ, [c, *output.shape]
+Sink = Callable[[Tensor | Pooled], None]  # takes δ, [c, *output.shape]
 
 # Up to this many samples every two are told apart, at two backpropagations per binary digit.
 _FEW = 16
@@ -65,8 +65,9 @@ def delta_of(delta: Tensor | None, node: Node, lead: tuple[int, ...] = ()) -> Te
 
 def backpropagate(
     logits: Tensor,
-    order: Sequence[Node],
     sinks: Mapping[Node, Sink],
+    ends: Sequence[Node],
+    lifted: Mapping[Node, Lift],
     columns: Iterable[Tensor],
     after: Callable[[], None] = lambda: None,
     together: int = 1,
@@ -75,8 +76,9 @@ def backpropagate(
 
     Args:
         logits: ``[N, K]``, in the graph, which is kept.
-        order: The nodes below the logits, each after those that it takes its inputs from.
         sinks: Autograd nodes, and what takes δ at their outputs.
+        ends: The sinks that have no other sink below them.
+        lifted: The sinks that take δ as it is above a pooling (when columns go one by one).
         columns: Pieces ``[c, N, K]``.
         after: Called when every sink has had the δ of a piece.
         together: How many columns may go under ``vmap``; 1: one by one.
@@ -88,43 +90,50 @@ def backpropagate(
                     sinks[node](delta)
                 after()
         return
-    ends = _ends(order, sinks)
-    lifted = lifts(order, ends)
-    edges = [GradientEdge(lifted[node].pool if node in lifted else node, 0) for node in ends]
-    on_the_way = [node for node in sinks if node not in ends]
+    # The node where δ is taken, which may be the pooling's.
+    where = {node: lifted[node].pool if node in lifted else node for node in sinks}
+    edges = [GradientEdge(where[node], 0) for node in ends]
 
-    def hand_over(node: Node) -> Callable[[tuple[Tensor | None, ...]], None]:
-        def hook(gradients: tuple[Tensor | None, ...]) -> None:
-            sinks[node](delta_of(gradients[0], node).detach()[None])
+    def hand_over(node: Node, delta: Tensor | None) -> None:
+        found = delta_of(delta, where[node]).detach()
+        sinks[node](lifted[node].pooled(found) if node in lifted else found[None])
 
-        return hook
+    def hook(node: Node) -> Callable[[tuple[Tensor | None, ...]], None]:
+        return lambda gradients: hand_over(node, gradients[0])
 
-    hooks = [node.register_prehook(hand_over(node)) for node in on_the_way]
+    hooks = [where[node].register_prehook(hook(node)) for node in sinks if node not in ends]
     try:
         for piece in columns:
             for column in piece.to(logits.dtype):
                 found = torch.autograd.grad(logits, edges, column, retain_graph=True, allow_unused=True)
-                for node, edge, delta in zip(ends, edges, found, strict=True):
-                    delta = delta_of(delta, edge.node)
-                    sinks[node]((lifted[node].down(delta) if node in lifted else delta)[None])
+                for node, delta in zip(ends, found, strict=True):
+                    hand_over(node, delta)
                 del found, delta  # free memory for the next column
                 after()
     finally:
-        for hook in hooks:
-            hook.remove()
+        for each in hooks:
+            each.remove()
 
 
-def _ends(order: Sequence[Node], sinks: Mapping[Node, Sink]) -> list[Node]:
-    """The sinks that have no other sink below them."""
-    above: set[Node] = set()  # nodes with a sink at or below them
-    ends = []
+def lowest(order: Sequence[Node], nodes: Collection[Node]) -> list[Node]:
+    """The nodes that have no other of them below.
+
+    Args:
+        order: All nodes of the graph, each after those that it takes its inputs from.
+        nodes: The ones to choose from.
+
+    Returns:
+        The lowest of them.
+    """
+    above: set[Node] = set()  # nodes with one of them at or below
+    found = []
     for node in order:
         below = any(source in above for source, _ in node.next_functions if source is not None)
-        if node in sinks and not below:
-            ends.append(node)
-        if below or node in sinks:
+        if node in nodes and not below:
+            found.append(node)
+        if below or node in nodes:
             above.add(node)
-    return ends
+    return found
 
 
 def find_layouts(logits: Tensor, uses: Sequence[Use]) -> dict[Node, list[Layout]]:

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from ..graph.layout import Layout
+from ..graph.lift import Lift, Pooled
 from ..graph.use import Use
 
 # Temporaries of a contraction (unfolded inputs, products per sample) are made for as many samples as fit in this:
@@ -46,11 +47,23 @@ class Piece:
     """δ of some columns at the output of one operation, and what the uses there have in common.
 
     Args:
-        delta: ``[c, …]``, the operation's output shape behind the columns.
+        delta: ``[c, …]``, the operation's output shape behind the columns; or what it is made of.
+
+    Attributes:
+        pooled: What it is made of; ``None``: it was there.
     """
 
-    def __init__(self, delta: Tensor) -> None:
-        self.delta = delta
+    def __init__(self, delta: Tensor | Pooled) -> None:
+        self.pooled = delta if isinstance(delta, Pooled) else None
+        self._delta = None if isinstance(delta, Pooled) else delta
+
+    @property
+    def delta(self) -> Tensor:
+        """δ itself."""
+        if self._delta is None:
+            assert self.pooled is not None
+            self._delta = self.pooled.delta()
+        return self._delta
 
     @cached_property
     def row_squares(self) -> Tensor:
@@ -90,6 +103,10 @@ class Running:
 
 class Accumulator(ABC):
     """A sum over columns that takes them as they come."""
+
+    def prefers(self, lift: Lift) -> bool:
+        """Whether δ by the winners of the windows above is better than δ itself."""
+        return False
 
     @abstractmethod
     def add(self, piece: Piece) -> None:

@@ -66,7 +66,8 @@ def _direct(use: Use, layout: Layout) -> Outer:
         d = wide(d).flatten(4).unflatten(3, (groups, outputs))  # c n t g o v
         return d.permute(1, 3, 0, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
-    return Outer(use, layout, x, unfold, arrange, sizes=(groups, outputs, inputs, times * math.prod(spatial)))
+    sizes = (groups, outputs, inputs, times * math.prod(spatial))
+    return Outer(use, layout, x, unfold, arrange, sizes, plane=times == 1 and len(spatial) == 2)
 
 
 def _transposed(use: Use, layout: Layout) -> Outer:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...errors import NoRuleError
 from ..graph.layout import Layout
+from ..graph.lift import Lift
 from ..graph.use import Use
 from .contraction import Accumulator, Contraction, Piece, RowNorms, Running, slices, wide
 
@@ -69,9 +70,16 @@ class _ReducedSquares(Accumulator):
         self.rule = rule
         self.squares = Running()
 
+    def prefers(self, lift: Lift) -> bool:
+        """A shift is a sum over windows as well."""
+        rule = self.rule
+        return type(rule) is Reduced and rule.factor is None and rule.layout == Layout(lift.pool._saved_self.shape[0])
+
     def add(self, piece: Piece) -> None:
         """See the base class."""
-        rule, delta = self.rule, piece.delta
+        rule = self.rule
+        pooled = piece.pooled if piece.pooled is not None and self.prefers(piece.pooled.lift) else None
+        delta = piece.delta if pooled is None else pooled.bracket
         columns = rule.layout.front(delta, lead=1)
         size = 2 * delta[0].numel() // rule.samples * delta.shape[0] * max(4, delta.element_size())
         found = [
