@@ -113,7 +113,7 @@ def evaluation(model: nn.Module, statistics: Statistics = "running") -> Iterator
     held = {id(b): b for module in modules for b in module._buffers.values() if b is not None}
     for module in modules:  # an embedding with a largest norm renormalises its weight as it is looked up
         weight = module._parameters.get("weight")
-        if getattr(module, "max_norm", None) is not None and weight is not None:
+        if weight is not None and vars(module).get("max_norm") is not None:
             held[id(weight)] = weight
     buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in held.values()]
     taken = BatchStatistics(own)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..batch import Batch, batches
 from ..errors import CurvatureError, MsOptimError
-from .budget import Chunk, default_budget, plan_chunk
+from .budget import Chunk, default_budget, keep_pages, plan_chunk
 from .evaluation import BatchStatistics, evaluation
 from .parallel import ProcessGroup, agree_on_success, own_generator, sum_over_ranks
 from .reading import Orders, Reading, finite_logits
@@ -65,6 +65,8 @@ def measure(
         request = replace(request, generator=own_generator(request.generator, group))
     walk = _Walk(model, parameters, request, _zeros(parameters, request))
     device = next(iter(parameters.values())).device
+    if device.type == "cpu":
+        keep_pages()
     failure: BaseException | None = None
     try:
         with evaluation(model, request.statistics) as statistics, _progress(data, model, request.progress) as shown:

@@ -17,7 +17,15 @@ from torch import Tensor, nn
 
 from ..errors import CurvatureError, DataError, MsOptimError, NoRuleError
 from .budget import columns_together
-from .graph.backprop import Sink, backpropagate, find_layouts, lowest, no_layout, undifferentiable
+from .graph.backprop import (
+    Sink,
+    find_layouts,
+    lowest,
+    no_layout,
+    send_one_by_one,
+    send_together,
+    undifferentiable,
+)
 from .graph.layout import Layout, Order
 from .graph.lift import Lift, Pooled, lifts
 from .graph.tape import Node, Tape, Use, operation, read_tape
@@ -128,7 +136,7 @@ class Reading:
         """The sums over the chunk's samples: scalars in float64 for traces; diagonals are sums already."""
         if self.request.entries:
             return list(sums)
-        return list(torch.stack([s.double() for s in sums]).sum(1).unbind())
+        return list(torch.stack(list(sums)).sum(1, dtype=torch.float64).unbind())
 
     def _zero(self, parameter: Tensor) -> Tensor:
         """No contribution."""
@@ -175,7 +183,10 @@ class Reading:
                     if node in self.ends or all(each.prefers(lift) for each in waiting[node]):
                         lifted[node] = lift
             try:
-                backpropagate(self.logits, sinks, self.ends, lifted, columns(start, stop), after, at_once)
+                if at_once > 1:
+                    send_together(self.logits, sinks, columns(start, stop), at_once, after)
+                else:
+                    send_one_by_one(self.logits, sinks, self.ends, lifted, columns(start, stop), after)
             except Exception as error:
                 if at_once == 1:
                     self._explain(error)

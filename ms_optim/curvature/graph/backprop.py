@@ -63,33 +63,43 @@ def delta_of(delta: Tensor | None, node: Node, lead: tuple[int, ...] = ()) -> Te
     return torch.zeros((*lead, *meta.shape), dtype=meta.dtype, device=meta.device)
 
 
-def backpropagate(
+def send_together(
+    logits: Tensor, sinks: Mapping[Node, Sink], columns: Iterable[Tensor], count: int, after: Callable[[], None]
+) -> None:
+    """Send columns to the sinks, some at a time under ``vmap``.
+
+    Args:
+        logits: ``[N, K]``, in the graph, which is kept.
+        sinks: Autograd nodes, and what takes δ at their outputs.
+        columns: Pieces ``[c, N, K]``.
+        count: How many go together.
+        after: Called when every sink has had the δ of some columns.
+    """
+    for piece in columns:
+        for part in piece.split(count):
+            for node, delta in zip(sinks, deltas(logits, list(sinks), part), strict=True):
+                sinks[node](delta)
+            after()
+
+
+def send_one_by_one(
     logits: Tensor,
     sinks: Mapping[Node, Sink],
     ends: Sequence[Node],
     lifted: Mapping[Node, Lift],
     columns: Iterable[Tensor],
-    after: Callable[[], None] = lambda: None,
-    together: int = 1,
+    after: Callable[[], None],
 ) -> None:
-    """Send columns to the sinks.
+    """Send columns to the sinks, one after the other.
 
     Args:
         logits: ``[N, K]``, in the graph, which is kept.
         sinks: Autograd nodes, and what takes δ at their outputs.
         ends: The sinks that have no other sink below them.
-        lifted: The sinks that take δ as it is above a pooling (when columns go one by one).
+        lifted: The sinks that take δ as it is above a pooling.
         columns: Pieces ``[c, N, K]``.
-        after: Called when every sink has had the δ of a piece.
-        together: How many columns may go under ``vmap``; 1: one by one.
+        after: Called when every sink has had the δ of a column.
     """
-    if together > 1:
-        for piece in columns:
-            for part in piece.split(together):
-                for node, delta in zip(sinks, deltas(logits, list(sinks), part), strict=True):
-                    sinks[node](delta)
-                after()
-        return
     # The node where δ is taken, which may be the pooling's.
     where = {node: lifted[node].pool if node in lifted else node for node in sinks}
     edges = [GradientEdge(where[node], 0) for node in ends]

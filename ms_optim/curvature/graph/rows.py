@@ -87,12 +87,13 @@ def proved_layouts(order: Sequence[Node]) -> dict[Node, Layout]:
         return {node: Layout(1) for node in order if node._input_metadata and shape_of(node)}
     outer: dict[Node, int | None] = {order[-1]: 1}  # P; None: doubtful
     for node in reversed(order):  # whatever takes a node has been looked at before it
-        p = outer.get(node)
-        name = operation(node)
+        p = outer[node]
         for slot, (source, output) in enumerate(node.next_functions):
-            if source is None or not source._input_metadata:
+            if source is None:
                 continue
-            found = None if p is None else _outer_of_input(node, name, slot, shape_of(source, output), p, samples)
+            found = None
+            if p is not None and source._input_metadata:
+                found = _outer_of_input(node, operation(node), slot, shape_of(source, output), p, samples)
             outer[source] = found if outer.setdefault(source, found) == found else None
     layouts = {node: _layout(shape_of(node), p, samples) for node, p in outer.items() if p is not None}
     return {node: layout for node, layout in layouts.items() if layout is not None}

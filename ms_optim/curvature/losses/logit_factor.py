@@ -172,7 +172,20 @@ def exact_columns(logits: Tensor, start: int = 0, stop: int | None = None) -> Te
         ``[stop − start, N, K]``, detached from the graph.
     """
     with torch.no_grad():
-        return cholesky_columns(log_probabilities(logits), start, logits.shape[-1] - 1 if stop is None else stop)
+        last = logits.shape[-1] - 1 if stop is None else stop
+        p = _probabilities(logits)
+        # From the far end, so that small tails keep their digits, and wide, so that a thousand terms lose none.
+        q = p.flip(-1).cumsum(-1, dtype=torch.float64).flip(-1)[:, start : last + 1].to(p.dtype)
+        diagonal = p[:, start:last].sqrt().mul_((q[:, 1:] / q[:, :-1]).sqrt_())
+        columns = (-diagonal / q[:, 1:])[:, :, None] * p[:, None]  # N k j
+        columns.triu_(start + 1).diagonal(start, 1, 2).copy_(diagonal)
+        return columns.transpose(0, 1)
+
+
+def _probabilities(logits: Tensor) -> Tensor:
+    """p in float32 or better, not below the floor: ``[N, K]``."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return torch.softmax(wide, dim=-1).clamp_min_(math.exp(_LOG_FLOOR[wide.dtype]))
 
 
 def leading_columns(logits: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
@@ -292,8 +305,7 @@ class _Elimination:
     @classmethod
     def of(cls, logits: Tensor, leading: int, head: int) -> _Elimination:
         """Eliminate h = ``head`` classes, of which the first ``leading`` stand in the order of the classes in ties."""
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        p = torch.softmax(wide, dim=-1).clamp_min_(math.exp(_LOG_FLOOR[wide.dtype]))
+        p = _probabilities(logits)
         order = _likeliest(p, leading, head + 1)
         first = p.gather(-1, order)
         root = p.sqrt().scatter_(-1, order, 0.0)
