@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ms_optim.curvature.losses import logit_factor
+from ms_optim.curvature.losses import logit_factor, probabilities
 from ms_optim.curvature.losses.logit_factor import exact_columns, probe, sampled_columns, signs, split_columns
+from ms_optim.curvature.losses.probabilities import largest
 from ms_optim.reference.curvature import factor_error, logit_hessian
 
 
@@ -167,7 +168,7 @@ def split_in_log_space(logits, columns, eps):
     """Σ_{k<r} apart and Σ_{k≥r} ε_k S_k column by column, in the order of elimination that ``split_columns`` takes."""
     samples, classes = logits.shape
     head = classes - 1 if classes <= 128 else max(columns, 14)
-    order = logit_factor._likeliest(logits.softmax(-1).clamp_min(torch.tensor(-700.0).exp()), columns, head + 1)
+    order = largest(logits.softmax(-1).clamp_min(torch.tensor(-700.0).exp()), columns, head + 1)
     leading, signed = torch.zeros(columns, samples, classes), torch.zeros(len(eps), samples, classes)
     for n in range(samples):
         first = order[n].tolist()
@@ -268,7 +269,8 @@ def test_an_unsorted_tail_adds_little_to_the_variance(scale, monkeypatch):
         return float(2 * (gram.square().sum() - gram.diagonal(dim1=1, dim2=2).square().sum()))
 
     unsorted = variance()
-    monkeypatch.setattr(logit_factor, "_SORTED_CLASSES", 300)
+    monkeypatch.setattr(logit_factor, "SORTED_CLASSES", 300)
+    monkeypatch.setattr(probabilities, "SORTED_CLASSES", 300)
     assert unsorted < 1.05 * variance()
 
 

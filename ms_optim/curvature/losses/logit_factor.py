@@ -20,18 +20,8 @@ order of p:
   the signed one are nearly orthogonal after backpropagation, and the error is in what is not.  Against the r largest of
   the K symmetric columns √p_k (e_k − p) the standard error is 1.1 to 3.5 times smaller.
 
-*The tail.*  Any factor of what is left is as unbiased, and sorting 1000 classes takes longer than all the rest.  So
-with many classes only the first h are ordered.  Behind them is q_h diag(u) (I − u uᵀ) diag(u) with u_j = √(p_j / q_h),
-‖u‖ = 1, and the reflection H = I − v vᵀ / (1 + u_h), v = u + e_h, sends e_h to −u: the other columns of
-√q_h diag(u) H are a factor, one for each class j behind the pivot h,
-
-    S_jj = √p_j (1 − u_j² / (1 + u_h)) ,   S_ij = −√p_i u_i u_j / (1 + u_h)   (i > h) ,   S_hj = −√p_h u_j ,
-
-whose signed sum needs neither an order nor a running sum.  It is as good where no class behind h is a large part of
-q_h: with h = 14, against all classes in descending order, K = 1000 and r = 2, the standard error below the last layer
-is larger by less than 1 % from uniform to confident p.  For the last layer alone, where Tr(Jᵀ P J) = |x|² Tr P and
-columns in descending order are all but orthogonal, it is up to 4 times larger: 0.04 % of the trace and not 0.01 %
-(256 samples).
+*The tail.*  With many classes only the first few are ordered (:mod:`~ms_optim.curvature.losses.elimination`): any
+factor of what is left is as unbiased, and sorting 1000 classes takes longer than all the rest.
 
 *What is left.*  After the r likeliest classes are eliminated, what the other columns have to make up is the Schur
 complement R^{(r)} = diag(p_{≥r}) − p_{≥r} p_{≥r}ᵀ / q_r, positive semidefinite with
@@ -50,18 +40,13 @@ Source: arXiv 2106.12612, Prop. 1, for P; the factors are derived above.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# exp(floor) is nothing beside the Σ p = 1 it stands in (1.8e-35, 1e-304), and 1/√(exp(floor)), which a signed column
-# multiplies by at most exp(floor / 2), stays within the type with room for the slopes.
-_LOG_FLOOR = {torch.float32: -80.0, torch.float64: -700.0}
-
-# Up to so many classes all are sorted, which is then as fast as finding a few.
-_SORTED_CLASSES = 128
+from .elimination import Elimination
+from .probabilities import SORTED_CLASSES, log_probabilities, probabilities
 
 # h, where more classes than that need no more leading columns.  With the pivot 15: the largest number that
 # ``torch.topk`` still finds in 1000 without partitioning the others, four times as fast as 17.
@@ -72,19 +57,6 @@ _FEW_SIGNS = 8192
 
 # The lowest bit of each byte of a word.
 _LOW_BITS = 0x0101010101010101
-
-
-def log_probabilities(logits: Tensor) -> Tensor:
-    """log softmax, in float32 or better.
-
-    Args:
-        logits: ``[N, K]``.
-
-    Returns:
-        ``[N, K]``, differentiable.
-    """
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return torch.log_softmax(wide, dim=-1).clamp_min(_LOG_FLOOR[wide.dtype])
 
 
 def coins(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -173,19 +145,13 @@ def exact_columns(logits: Tensor, start: int = 0, stop: int | None = None) -> Te
     """
     with torch.no_grad():
         last = logits.shape[-1] - 1 if stop is None else stop
-        p = _probabilities(logits)
+        p = probabilities(logits)
         # From the far end, so that small tails keep their digits, and wide, so that a thousand terms lose none.
         q = p.flip(-1).cumsum(-1, dtype=torch.float64).flip(-1)[:, start : last + 1].to(p.dtype)
         diagonal = p[:, start:last].sqrt().mul_((q[:, 1:] / q[:, :-1]).sqrt_())
         columns = (-diagonal / q[:, 1:])[:, :, None] * p[:, None]  # N k j
         columns.triu_(start + 1).diagonal(start, 1, 2).copy_(diagonal)
         return columns.transpose(0, 1)
-
-
-def _probabilities(logits: Tensor) -> Tensor:
-    """p in float32 or better, not below the floor: ``[N, K]``."""
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return torch.softmax(wide, dim=-1).clamp_min_(math.exp(_LOG_FLOOR[wide.dtype]))
 
 
 def leading_columns(logits: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
@@ -201,7 +167,7 @@ def leading_columns(logits: Tensor, start: int = 0, stop: int | None = None) -> 
     """
     with torch.no_grad():
         last = logits.shape[-1] - 1
-        return _Elimination.of(logits, 0, last).leading(start, last if stop is None else stop)
+        return Elimination.of(logits, 0, last).leading(start, last if stop is None else stop)
 
 
 def split_columns(logits: Tensor, columns: int, eps: Tensor) -> tuple[Tensor, Tensor]:
@@ -219,11 +185,11 @@ def split_columns(logits: Tensor, columns: int, eps: Tensor) -> tuple[Tensor, Te
     with torch.no_grad():
         last = logits.shape[-1] - 1
         eps = eps.to(logits.device)
-        if last < _SORTED_CLASSES:
-            elimination = _Elimination.of(logits, columns, last)
+        if last < SORTED_CLASSES:
+            elimination = Elimination.of(logits, columns, last)
             ordered, tail = eps[..., columns:], F.pad(eps, (0, 1))
         else:
-            elimination = _Elimination.of(logits, columns, min(last, max(columns, _ORDERED_HEAD)))
+            elimination = Elimination.of(logits, columns, min(last, max(columns, _ORDERED_HEAD)))
             order = elimination.order.expand(len(eps), -1, -1)
             tail = torch.cat([eps, eps.gather(-1, order[..., -1:].clamp_max(last - 1))], -1)
             ordered = tail.gather(-1, order[..., columns:-1])
@@ -278,98 +244,6 @@ def probe(logits: Tensor, generator: torch.Generator) -> Tensor:
     log_p, order = _descending(logits)
     eps = signs((logits.shape[0], logits.shape[1] - 1), log_p, generator)
     return _in_place(signed_column(log_p, 0, eps), order)
-
-
-@dataclass(frozen=True)
-class _Elimination:
-    """The columns of each sample's h likeliest classes, and what is left of P behind them, in probabilities.
-
-    Attributes:
-        p: p, not below the floor, ``[N, K]``.
-        root: √p, and 0 for the classes in ``order``, ``[N, K]``.
-        order: The h likeliest classes in descending order and the pivot, ``[N, h + 1]``.
-        head: p of those, ``[N, h + 1]``.
-        last: q_h, ``[N, 1]``.
-        diagonal: S_kk, ``[N, h]``.
-        below: S_kk / q_{k+1}, so that S_jk = −p_j ``below``_k, ``[N, h]``.
-    """
-
-    p: Tensor
-    root: Tensor
-    order: Tensor
-    head: Tensor
-    last: Tensor
-    diagonal: Tensor
-    below: Tensor
-
-    @classmethod
-    def of(cls, logits: Tensor, leading: int, head: int) -> _Elimination:
-        """Eliminate h = ``head`` classes, of which the first ``leading`` stand in the order of the classes in ties."""
-        p = _probabilities(logits)
-        order = _likeliest(p, leading, head + 1)
-        first = p.gather(-1, order)
-        root = p.sqrt().scatter_(-1, order, 0.0)
-        behind = torch.linalg.vector_norm(root, dim=-1, keepdim=True).square_()
-        q = first.flip(-1).cumsum(-1).flip(-1).add_(behind)  # from the far end: all terms are positive
-        diagonal = first[:, :-1].sqrt().mul_((q[:, 1:] / q[:, :-1]).sqrt_())
-        return cls(p, root, order, first, q[:, -1:], diagonal, diagonal / q[:, 1:])
-
-    def leading(self, start: int, stop: int) -> Tensor:
-        """Columns ``start … stop − 1`` of the h: ``[stop − start, N, K]``."""
-        above = -self.below[:, start:stop]
-        columns = above.T[:, :, None] * self.p
-        # N k j, over the eliminated classes: nothing for j < k.
-        places = (above[:, :, None] * self.head[:, None, :stop]).triu_(start + 1)
-        places.diagonal(start, 1, 2).copy_(self.diagonal[:, start:stop])
-        return columns.scatter_(-1, self.order[:, :stop].expand(len(columns), -1, -1), places.transpose(0, 1))
-
-    def signed(self, start: int, ordered: Tensor, tail: Tensor) -> Tensor:
-        """The signed sum of the columns from ``start`` on, ``[probes, N, K]``.
-
-        Args:
-            start: At most h.
-            ordered: ±1 for the columns of ordered classes, ``[probes, N, h − start]``.
-            tail: ±1 for each class behind the pivot, ``[probes, N, K]``; those of other classes do not matter.
-
-        Returns:
-            ``[probes, N, K]``.
-        """
-        running = (ordered * self.below[:, start:]).cumsum(-1)
-        places = F.pad(ordered * self.diagonal[:, start:], (start, 1))
-        places[..., start + 1 :].addcmul_(running, self.head[:, start + 1 :], value=-1.0)
-        column = self.root * tail
-        # The reflection: −p_j Σ_i √p_i ε_i / (q_h (1 + u_h)) for a class j behind the pivot, −u_h Σ_i √p_i ε_i for it.
-        root, pivot = self.last.sqrt(), self.head[:, -1:].sqrt()
-        total = column.sum(-1, keepdim=True) / root
-        places[..., -1:].addcmul_(total, pivot, value=-1.0)
-        factor = total / (root + pivot)
-        if ordered.shape[-1]:
-            factor += running[..., -1:]
-        column.addcmul_(self.p, factor, value=-1.0)
-        return column.scatter_(-1, self.order.expand(len(column), -1, -1), places)
-
-
-def _likeliest(p: Tensor, leading: int, count: int) -> Tensor:
-    """The likeliest classes in descending order; in ties the first ``leading`` are in the order of the classes.
-
-    Args:
-        p: ``[N, K]``, positive.
-        leading: Fewer than ``count``.
-        count: At most K.
-
-    Returns:
-        ``[N, count]``.
-    """
-    # Positive numbers have the order of their bits, which torch compares in half the time as it looks for no NaN.
-    bits = p.view(torch.int64 if p.dtype == torch.float64 else torch.int32)
-    # Elsewhere than on the CPU sorting is fast, and what ``topk`` makes of ties may depend on N.
-    if p.shape[-1] <= _SORTED_CLASSES or p.device.type != "cpu":
-        return bits.sort(dim=-1, descending=True, stable=True).indices[:, :count]
-    values, order = bits.topk(count, dim=-1)
-    tied = (values[:, 1 : leading + 1] == values[:, :leading]).any(-1).nonzero()[:, 0]
-    if len(tied):
-        order[tied] = bits[tied].sort(dim=-1, descending=True, stable=True).indices[:, :count]
-    return order
 
 
 def _descending(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from ...batch import class_logits
 from ...errors import DataError, UnsupportedError
 from . import logit_factor
+from .probabilities import largest
 
 
 @dataclass(frozen=True)
@@ -224,14 +225,18 @@ class ElementwiseLoss(Loss):
             root, order = self.root(logits).sort(dim=-1, descending=True, stable=True)
             return _one_per_column(root[:, start:stop], order[:, start:stop], logits.shape[1])
 
+    def first(self, root: Tensor, columns: int) -> Tensor:
+        """The r < K outputs with the largest P_kk, ``[N, r]``."""
+        return largest(root, columns, columns + 1)[:, :columns]
+
     def split(self, logits: Tensor, columns: int, eps: Tensor) -> tuple[Tensor, Tensor]:
-        """The largest entries one per column, the others with their signs in one."""
+        """The largest entries one per column, the others with their signs in one; sign k is that of output k."""
         with torch.no_grad():
-            root, order = self.root(logits).sort(dim=-1, descending=True, stable=True)
-            first = _one_per_column(root[:, :columns], order[:, :columns], logits.shape[1])
-            rest = eps[..., columns:].to(device=root.device, dtype=root.dtype) * root[:, columns:]
-            signed = root.new_zeros(len(eps), *root.shape)
-            return first, signed.scatter_(-1, order[:, columns:].expand_as(rest), rest)
+            root = self.root(logits)
+            order = self.first(root, columns)
+            signed = eps.to(root.device) * root
+            leading = _one_per_column(root.gather(-1, order), order, logits.shape[1])
+            return leading, signed.scatter_(-1, order.expand(len(eps), -1, -1), 0.0)
 
     def remaining(self, logits: Tensor) -> Tensor:
         """Sums over what is behind the r largest P_kk, added from the smallest on."""
@@ -283,6 +288,10 @@ class SquaredError(ElementwiseLoss):
     """
 
     name: ClassVar[str] = "mse"
+
+    def first(self, root: Tensor, columns: int) -> Tensor:
+        """All are alike: the order of the outputs."""
+        return torch.arange(columns, device=root.device).expand(len(root), -1)
 
     def root(self, logits: Tensor) -> Tensor:
         """√(2 m), a constant."""
