@@ -10,7 +10,8 @@ SAM::
 Everything else happens here:
 
 * a pass restores the weights, and every buffer of the model in all passes but the first, so that BatchNorm's statistics
-  move once a step; after an exception everything is as before the step (see :mod:`ms_optim.optim.gradient_pass`);
+  move once a step; all passes draw the same random numbers; after an exception everything is as before the step (see
+  :mod:`ms_optim.optim.gradient_pass`, :mod:`ms_optim.optim.randomness`);
 * a *refresh* finds the representative of the weights under the model's scale symmetries: discover (once), trace, solve,
   and with ``rebalance="move"`` rescale the weights and the base optimizer's state.  It runs in a forward pre-hook on
   the incoming batch, before the first forward of a step, so never between a forward and its backward;
@@ -128,6 +129,8 @@ class SharpnessAware(Optimizer):
         self._backup: list[Tensor] = []
         self.keeps_batches = False  # whether the plan wants the inputs of the first pass
         self.batches: list[Batch] = []
+        self.scaler: torch.amp.GradScaler | None = None  # that of the present step, if it was named
+        self._stepped_by_scaler = False
         self._constructed = False
         super().__init__(params, dict(settings))
         self.base = base(self.param_groups, **options)
@@ -205,12 +208,21 @@ class SharpnessAware(Optimizer):
                 )
         return grads
 
-    def passes(self) -> Iterator[GradientPass]:
+    def passes(self, scaler: torch.amp.GradScaler | None = None) -> Iterator[GradientPass]:
         """The gradient passes of one step, each a context in which to run forward and backward.
 
         Gradients of this optimizer's parameters start from zero in each; several backward passes inside one add up
         (and in parameters that are not this optimizer's, so do those of all passes).  After the loop :meth:`step`
         descends along what the last pass left in ``.grad`` (clip it before).
+
+        In mixed precision autocast goes around the forward pass, inside the pass or around all of them.  With a
+        ``GradScaler``, ``scaler.scale(loss).backward()`` takes the place of ``loss.backward()`` and
+        ``scaler.step(optimizer)`` that of ``optimizer.step()``; the perturbation does not depend on the scale, and
+        after an overflow in any pass the scaler skips the step.
+
+        Args:
+            scaler: The scaler that the losses are scaled with, if one is.  What an optimizer adds to the gradient is
+                scaled like it, and an overflow is not warned of.
 
         Yields:
             One context per pass.
@@ -220,7 +232,8 @@ class SharpnessAware(Optimizer):
         """
         if self._pass is not None:
             raise OptimizerError("passes() was called inside a gradient pass; leave the pass first")
-        self._ready = False
+        self._ready = self._stepped_by_scaler = False
+        self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.batches = []
         before = Snapshot(self)
         plan, first = self.plan(), True
@@ -254,6 +267,14 @@ class SharpnessAware(Optimizer):
             OptimizerError: If there is neither a closure nor finished passes.
         """
         loss = None
+        if closure is not None and self._stepped_by_scaler:
+            self._stepped_by_scaler = False
+            raise OptimizerError(
+                "a closure was passed through GradScaler.step, which calls it after unscaling, so that its gradients "
+                "would be descended along still multiplied by the loss scale; run `for gradient_pass in "
+                "optimizer.passes(scaler=scaler): with gradient_pass: scaler.scale(loss).backward()`, and then "
+                "scaler.step(optimizer)"
+            )
         if closure is not None:
             for index, gradient_pass in enumerate(self.passes()):
                 with gradient_pass, torch.enable_grad():
@@ -292,6 +313,12 @@ class SharpnessAware(Optimizer):
                 "afterwards; call it before passes()"
             )
         batch = Batch.of(inputs, self.model)
+        with torch.autocast(self.parameters()[0].device.type, enabled=False):
+            return self._refresh(batch)
+
+    def _refresh(self, batch: Batch) -> Balance | None:
+        """The same, of a batch and in full precision."""
+        assert self.model is not None
         if self.group is None:
             self.group = scale_symmetries(self.model, batch)
         group = self._subgroup(self.group)
@@ -314,6 +341,7 @@ class SharpnessAware(Optimizer):
         except BaseException:
             before.restore()
             raise
+        torch.clear_autocast_cache()  # of the weights as they were
         self._due, self.balance = self.refresh_every, found
         return found
 
@@ -411,15 +439,23 @@ class SharpnessAware(Optimizer):
         if self._pass is not None:
             raise OptimizerError("an optimizer was copied inside a gradient pass; leave the pass first")
         kept = {k: v for k, v in vars(self).items() if k != "step" and not k.startswith("_optimizer_")}
-        return {**kept, "_backup": []}
+        return {**kept, "_backup": [], "scaler": None}
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """What GradScaler asks for before it calls :meth:`step`, and the only moment at which we can see it."""
-        raise UnsupportedError(
-            f"{type(self).__name__} does not support GradScaler yet (what is added to the gradient is not scaled, and "
-            "an overflow in the first pass goes unseen); train in float32, without the scaler"
-        )
+        """What GradScaler asks for before it unscales and calls :meth:`step`: the only moment at which we see it."""
+        self._stepped_by_scaler = True
+        if self.scaler is None and self.adds_to_gradient:
+            raise OptimizerError(
+                f"{type(self).__name__} adds to a gradient that GradScaler is about to divide by the loss scale, and "
+                "did not know the scale; name the scaler: optimizer.passes(scaler=scaler)"
+            )
+        return False
+
+    @property
+    def adds_to_gradient(self) -> bool:
+        """Whether the plan adds something of its own to the gradient of the loss."""
+        return False
 
     def _share(self) -> None:
         """One list of groups and one state for both optimizers: torch replaces them on loading."""
@@ -474,15 +510,9 @@ class SharpnessAware(Optimizer):
         return self._subgroups[fixed]
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The forward pre-hook of the first pass: refuse what is not supported, refresh if due, keep the batch."""
+        """The forward pre-hook of the first pass: refresh if due, keep the batch."""
         if not torch.is_grad_enabled() or self._pass is None or self._refreshing:
             return
-        device = next(module.parameters()).device.type
-        if torch.is_autocast_enabled(device):
-            raise UnsupportedError(
-                f"{type(self).__name__} does not support autocast yet (a perturbation would be hidden by its weight "
-                "cache); train in float32"
-            )
         batch = Batch(args, kwargs)
         if self.keeps_batches:
             self.batches.append(batch)

@@ -2,6 +2,10 @@
 
 Saved values are *copied back*, in place: adding ε and subtracting it again drifts (relative 3e-3 in bfloat16 over 200
 steps), and rebinding a parameter's storage breaks everything that holds its address.
+
+Autocast keeps low-precision copies of the weights for as long as its outermost context lives, and does not see that
+they were changed in place: inside one, a perturbation would have no effect at all.  So that cache is cleared whenever
+the weights change.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OptimizerError
+from .randomness import Streams
 
 if TYPE_CHECKING:
     from .engine import SharpnessAware
@@ -39,8 +44,8 @@ Perturbation = Scaled | list[Tensor | None] | None
 class Snapshot:
     """What a step may change before its end, as it was before the step.
 
-    Buffers, the generator and the refresh schedule are kept always; weights and the base optimizer's state only when a
-    refresh is about to rescale them, since perturbations are undone by the pass itself.
+    Buffers, the random streams, the generator and the refresh schedule are kept always; weights and the base
+    optimizer's state only when a refresh is about to rescale them, since perturbations are undone by the pass itself.
 
     Args:
         optimizer: The optimizer whose step begins.
@@ -49,6 +54,7 @@ class Snapshot:
     def __init__(self, optimizer: SharpnessAware) -> None:
         self.optimizer = optimizer
         self.stream = optimizer.generator.get_state()
+        self.streams = Streams.now(optimizer.parameters())
         self.schedule = (optimizer._due, optimizer.balance)
         self.copies: list[tuple[Tensor, Tensor]] = []
         if optimizer.model is not None:
@@ -66,6 +72,8 @@ class Snapshot:
         with torch.no_grad():
             for tensor, copy in self.copies:
                 tensor.copy_(copy)
+        torch.clear_autocast_cache()
+        self.streams.restore()
         self.optimizer.generator.set_state(self.stream)
         self.optimizer._due, self.optimizer.balance = self.schedule
 
@@ -97,6 +105,7 @@ class GradientPass:
         self._weights: list[Tensor] = []
         self._saved: list[Tensor] = []
         self._buffers: list[tuple[Tensor, Tensor]] = []
+        self._after: Streams | None = None  # where the first pass left the random streams
         self._hook: torch.utils.hooks.RemovableHandle | None = None
 
     def __enter__(self) -> GradientPass:
@@ -124,6 +133,11 @@ class GradientPass:
         optimizer = self.optimizer
         for p in optimizer.parameters():
             p.grad = None
+        if self.first:
+            self.before.streams = Streams.now(optimizer.parameters())  # a loop may draw before it enters the pass
+        else:
+            self._after = Streams.now(optimizer.parameters())
+            self.before.streams.restore()
         if optimizer.model is not None and self.first:
             # Registered for this pass only: a hook that stayed would travel along when the model is copied or saved.
             self._hook = optimizer.model.register_forward_pre_hook(
@@ -154,6 +168,7 @@ class GradientPass:
                 else:
                     for p, d, f in taken:
                         p.add_(d, alpha=f)
+            torch.clear_autocast_cache()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -176,8 +191,11 @@ class GradientPass:
         with torch.no_grad():
             if self._weights:
                 torch._foreach_copy_(self._weights, self._saved)
+                torch.clear_autocast_cache()
             for buffer, kept in self._buffers:
                 buffer.copy_(kept)
+        if self._after is not None:
+            self._after.restore()
         if kind is not None:
             self.before.restore()
         elif self.first and optimizer.refresh_due:

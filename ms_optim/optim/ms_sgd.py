@@ -94,6 +94,11 @@ class MSRegularizedSGD(SharpnessAware):
             yield None
             self.add_penalty(strength)
 
+    @property
+    def adds_to_gradient(self) -> bool:
+        """The gradient of the trace."""
+        return self.gradient == "trace" and any(self.setting("strength"))
+
     def noise(self, strength: list[float]) -> list[Tensor | None]:
         """z ~ N(0, 2 λ w_p) for every trainable parameter, from the optimizer's own generator.
 
@@ -112,11 +117,19 @@ class MSRegularizedSGD(SharpnessAware):
         ]
 
     def add_penalty(self, strength: list[float]) -> None:
-        """Add λ (Σ_p w_p ∇c_p + 2 Σ_p n_p W_p), on the batches of the pass, to ``.grad``.
+        """Add λ (Σ_p w_p ∇c_p + 2 Σ_p n_p W_p), on the batches of the pass, to ``.grad``, in full precision.
 
         Args:
-            strength: λ per parameter.
+            strength: λ per parameter; times the loss scale, if there is one.
         """
+        if self.scaler is not None:
+            scale = self.scaler.get_scale()
+            strength = [scale * s for s in strength]
+        with torch.autocast(self.parameters()[0].device.type, enabled=False):
+            self._add_penalty(strength)
+
+    def _add_penalty(self, strength: list[float]) -> None:
+        """The same, for a strength that is scaled as the gradient is."""
         assert self.model is not None
         names, parameters = self.names(), self.parameters()
         trace_weights = zip(names, strength, self.scales("trace_weights"), strict=True)

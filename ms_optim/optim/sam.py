@@ -31,6 +31,7 @@ def ascent(
     grads: list[Tensor | None],
     metric: Metric,  # M_p: one number, or one tensor of the parameter's shape, per parameter
     rho: list[float],  # ρ_p: radius
+    quiet: bool = False,
 ) -> Perturbation:
     """ε_p = ρ_p M_p g_p / √(Σ_q ⟨g_q, M_q g_q⟩).
 
@@ -38,6 +39,7 @@ def ascent(
         grads: g, entry by entry; ``None`` where a parameter took no part.
         metric: M.
         rho: The radius of each parameter's group.
+        quiet: Whether a gradient that is not finite is to be expected, as with a loss scale.
 
     Returns:
         ε, or ``None`` if there is no direction: no gradient, a zero gradient, or one that is not finite (warned of).
@@ -59,11 +61,10 @@ def ascent(
             raised = g
             norms = torch.stack(torch._foreach_norm(g)).tolist()
             norm = math.sqrt(sum(m * n * n for m, n in zip(numbers, norms, strict=True)))
-        if not math.isfinite(norm):
+        if not math.isfinite(norm) and not quiet:
             message = "the gradient norm is not finite; this step goes on without a perturbation"
             warnings.warn(message, NonFiniteWarning, stacklevel=2)
-            return None
-        if norm == 0.0:
+        if not math.isfinite(norm) or norm == 0.0:
             return None
     directions: list[Tensor | None] = [None] * len(grads)
     factors = [0.0] * len(grads)
@@ -85,7 +86,7 @@ def two_passes(optimizer: SharpnessAware, metric: Callable[[], Metric]) -> Plan:
     yield None
     rho = optimizer.setting("rho")
     if any(rho):
-        found = [ascent(optimizer.gradients(), metric(), rho)]
+        found = [ascent(optimizer.gradients(), metric(), rho, quiet=optimizer.scaler is not None)]
         if found[0] is not None:
             yield found.pop()  # no reference stays here: the second pass reuses the memory of the first one's gradients
 

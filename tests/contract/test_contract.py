@@ -435,22 +435,6 @@ def test_a_step_without_gradient_passes_is_refused(case: Case):
         next(unfinished)
 
 
-@every_case
-def test_autocast_is_refused_and_changes_nothing(case: Case):
-    model = mlp().float()
-    optimizer = case.build(model)
-    before = everything(model, optimizer)
-    (x, y), *_ = samples(model, 1)
-
-    def closure():
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            return cross_entropy(model(x.float()), y)
-
-    with pytest.raises(UnsupportedError, match="autocast"):
-        optimizer.step(closure)
-    assert same(before, everything(model, optimizer))
-
-
 def test_a_due_refresh_that_cannot_run_is_an_error():
     model = mlp()
     optimizer = ms_optim.MSSAM(model, lr=0.1)

@@ -178,21 +178,6 @@ def test_a_base_optimizer_that_cannot_be_driven_is_refused_at_once():
 
 
 @every_case
-def test_a_grad_scaler_is_refused_and_changes_nothing(case: Case):
-    model = mlp().float()
-    optimizer = case.build(model)
-    x, y = samples(model, 1)[0]
-    scaler = torch.amp.GradScaler("cpu")
-    for gradient_pass in optimizer.passes():
-        with gradient_pass:
-            scaler.scale(cross_entropy(model(x.float()), y)).backward()
-    before = everything(model, optimizer)
-    with pytest.raises(UnsupportedError, match="GradScaler"):
-        scaler.step(optimizer)
-    assert same(before, everything(model, optimizer))
-
-
-@every_case
 def test_complex_parameters_and_what_is_no_model_are_refused(case: Case):
     model = mlp()
     model.phase = nn.Parameter(torch.ones(3, dtype=torch.complex128))
