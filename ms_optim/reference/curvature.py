@@ -122,6 +122,28 @@ def factor_error(columns: Tensor, logits: Tensor) -> float:
     return float((product - logit_hessian(logits)).abs().max().detach())
 
 
+def cholesky_columns(log_p: Tensor, start: int, stop: int) -> Tensor:
+    """Columns ``start … stop − 1`` of the Cholesky factor of diag(p) − p pᵀ, from log p, in the order of the classes.
+
+    Args:
+        log_p: ``[N, K]``.
+        start: The first column.
+        stop: One past the last, at most K − 1.
+
+    Returns:
+        ``[stop − start, N, K]``: S_kk = √(p_k q_{k+1} / q_k) and S_jk = −(p_j / q_{k+1}) S_kk with q_k = Σ_{j≥k} p_j.
+    """
+    log_q = log_p.flip(-1).logcumsumexp(-1).flip(-1)
+    columns = []
+    for k in range(start, stop):
+        diagonal = (0.5 * (log_p[:, k] + log_q[:, k + 1] - log_q[:, k])).exp()
+        column = -(log_p - log_q[:, k + 1, None]).exp() * diagonal[:, None]
+        column[:, :k] = 0.0
+        column[:, k] = diagonal
+        columns.append(column)
+    return torch.stack(columns) if columns else log_p.new_zeros(0, *log_p.shape)
+
+
 def brute_force_hessian_diagonals(
     model: nn.Module, inputs: Any, targets: Tensor, loss: str = "cross_entropy"
 ) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from ms_optim.curvature import budget, hessian_diagonal, hessian_trace
 from ms_optim.curvature.graph.lift import Lift, lifts
 from ms_optim.curvature.graph.tape import read_tape
 from ms_optim.curvature.rules import outer
+from ms_optim.curvature.rules.layers import contraction
 from ms_optim.reference import curvature as oracle
 
 GEOMETRIES = st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(0, 1), st.integers(1, 2), st.booleans())
@@ -105,11 +106,60 @@ def test_windows_are_summed_over_where_that_is_shorter_and_at_ends_delta_is_neve
     spread = []
     down = Lift.down
     monkeypatch.setattr(Lift, "down", lambda self, bracket: spread.append(1) or down(self, bracket))
-    first = [nn.Conv2d(1, 3, 3), nn.ReLU(inplace=True), nn.MaxPool2d(2)]
+    first = [nn.Conv2d(2, 3, 3), nn.ReLU(inplace=True), nn.MaxPool2d(2)]
     second = [nn.Conv2d(3, 3, 2), nn.ReLU(), nn.MaxPool2d(2, 1)]
     model = nn.Sequential(*first, *second, nn.Flatten(), nn.Linear(12, 8))
-    x = torch.randn(3, 1, 10, 10)
+    x = torch.randn(3, 2, 10, 10)
     assert exact_by_windows(model, x, monkeypatch) >= 2
     spread.clear()
     hessian_trace(model, x)
     assert not spread
+
+
+OTHER_BIASES = {
+    "along the last axis": (lambda: nn.LayerNorm(6), 2, 2),
+    "along the plane": (lambda: nn.LayerNorm([6, 6]), 2, 2),
+    "along all axes": (lambda: nn.LayerNorm([2, 6, 6]), 3, 1),
+    "along the channels": (lambda: nn.GroupNorm(1, 2), 2, 2),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_BIASES)
+def test_only_a_shift_of_channels_is_a_sum_over_windows(case, monkeypatch):
+    torch.manual_seed(0)
+    norm, kernel, stride = OTHER_BIASES[case]
+    features = nn.Sequential(norm(), nn.ReLU(), nn.MaxPool2d(kernel, stride), nn.Flatten())
+    x = torch.randn(3, 2, 6, 6)
+    model = nn.Sequential(features, nn.Linear(features(x).shape[1], 4))
+    exact_by_windows(model, x, monkeypatch)
+
+
+def test_what_is_saved_is_taken_once(monkeypatch):
+    from torch.utils.checkpoint import checkpoint
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            first = [nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+            self.body = nn.Sequential(*first, nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+            self.head = nn.Linear(16, 8)
+
+        def forward(self, x):
+            return self.head(checkpoint(self.body, x, use_reentrant=False).flatten(1))
+
+    torch.manual_seed(0)
+    model, x = Network(), torch.randn(3, 2, 8, 8)
+    monkeypatch.setattr(budget, "_TOGETHER_BYTES", {"cpu": 0})
+    plain = oracle.gauss_newton_traces(nn.Sequential(model.body, nn.Flatten(), model.head), x)
+    assert list(hessian_trace(model, x).values()) == pytest.approx(list(plain.values()), rel=1e-10)
+
+
+def test_windows_are_not_summed_over_where_that_takes_more_memory_than_a_chunk():
+    wide = nn.Sequential(nn.Conv2d(64, 128, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8192, 4))
+    few = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(4096, 4))
+    narrow = nn.Sequential(nn.Conv2d(4, 8, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(288, 4))
+    for model, channels, better in ((wide, 64, False), (few, 3, False), (narrow, 4, True)):
+        tape = read_tape(model(torch.randn(2, channels, 16, 16)), dict(model.named_parameters()))
+        (use,) = tape.uses["0.weight"]
+        rule = contraction(use, tape.layouts[use.node])
+        assert rule.trace(9).prefers(lifts(tape.order, [use.node])[use.node]) is better

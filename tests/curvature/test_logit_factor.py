@@ -8,9 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ms_optim.curvature.losses import logit_factor, probabilities
-from ms_optim.curvature.losses.logit_factor import exact_columns, probe, sampled_columns, signs, split_columns
-from ms_optim.curvature.losses.probabilities import largest
-from ms_optim.reference.curvature import factor_error, logit_hessian
+from ms_optim.curvature.losses.logit_factor import exact_columns, probe, signs, split_columns
+from ms_optim.curvature.losses.probabilities import largest, log_probabilities
+from ms_optim.reference.curvature import cholesky_columns, factor_error, logit_hessian
+
+
+def sampled_columns(logits, columns, generator):
+    """The leading columns and one signed one, or all of them where nothing is left to sample."""
+    samples, classes = logits.shape
+    if columns >= classes - 2:
+        return exact_columns(logits)
+    signed = logit_factor.coins((samples, classes - 1), generator)[None]
+    return torch.cat(split_columns(logits, columns, signed))
 
 
 @st.composite
@@ -174,7 +183,7 @@ def split_in_log_space(logits, columns, eps):
         first = order[n].tolist()
         tail = [k for k in range(classes) if k not in first]
         log_p = logit_factor.log_probabilities(logits)[n, first + tail]
-        factor = logit_factor.cholesky_columns(log_p[None], 0, classes - 1)[:, 0]
+        factor = cholesky_columns(log_p[None], 0, classes - 1)[:, 0]
         # The pivot and the tail: √q diag(u) (I − 2 v vᵀ / vᵀv) without its first column, v = u + e₁.
         log_q = log_p[head:].logsumexp(0)
         u = (0.5 * (log_p[head:] - log_q)).exp()
@@ -282,3 +291,10 @@ def test_any_number_of_coins_is_balanced_and_independent_across_the_bits_of_a_wo
     correlation = words.T @ words / 4000 - torch.eye(64)
     assert float(correlation.abs().max()) < 5 / 4000**0.5
     assert float(words.mean(0).abs().max()) < 5 / 4000**0.5
+
+
+@given(random_logits())
+def test_exact_columns_are_those_of_log_space(logits):
+    log_p = log_probabilities(logits)
+    twin = cholesky_columns(log_p, 0, logits.shape[1] - 1)
+    torch.testing.assert_close(exact_columns(logits), twin, rtol=1e-12, atol=1e-15)

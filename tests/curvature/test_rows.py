@@ -7,9 +7,11 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from ms_optim.curvature import hessian_trace
 from ms_optim.curvature.graph.backprop import deltas
 from ms_optim.curvature.graph.rows import proved_layouts
 from ms_optim.curvature.graph.tape import operation, read_tape
+from ms_optim.reference import curvature as oracle
 
 N = 3  # samples; other axes are often as long, so that lengths alone say nothing
 
@@ -67,7 +69,7 @@ def test_only_a_samples_own_block_reaches_its_logits(names, seed):
     if x.numel() % N:
         x = torch.cat([x.flatten(), x.new_zeros(-x.numel() % N)])
     logits = x.reshape(N, -1) * 1.0
-    proved = proved_layouts(list(read_tape(logits, {}).order))
+    proved = proved_layouts(read_tape(logits, {}).order, tuple(logits.shape))
     nodes = [node for node in proved if node is not logits.grad_fn and operation(node) != "AccumulateGrad"]
     for n in range(N):
         column = torch.zeros_like(logits)
@@ -110,6 +112,36 @@ def test_every_use_in_timms_networks_is_proved(name):
     side = 32 if name in ("resnet18", "swin_tiny_patch4_window7_224") else 224
     tape = read_tape(model(torch.randn(2, 3, side, side)), dict(model.named_parameters()))
     assert all(use.node in tape.layouts for uses in tape.uses.values() for use in uses)
+
+
+class _Later(nn.Module):
+    """Logits that are the second output of an operation."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3))
+
+    def forward(self, x):
+        return torch.cat([x.new_zeros(1, 3), self.body(x)]).split([1, len(x)])[1]
+
+
+class _NoTokens(nn.Module):
+    """An optional group of tokens, of which there are none."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        tokens = self.embed(x[:, None].expand(-1, 5, -1))
+        return self.head(tokens.mean(1)) + F.pad(tokens[:, :0].mean(2), (0, 3))
+
+
+@pytest.mark.parametrize("model", [_Later, _NoTokens])
+def test_odd_ends_are_exact(model):
+    torch.manual_seed(0)
+    model, x = model(), torch.randn(4, 4)
+    assert dict(hessian_trace(model, x)) == pytest.approx(oracle.gauss_newton_traces(model, x), rel=1e-10)
 
 
 def test_what_two_ways_disagree_about_is_doubtful():

@@ -13,6 +13,7 @@ spread over the larger tensor at all unless something further down asks for it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -29,15 +30,23 @@ class Lift:
     Attributes:
         pool: The same.
         winners: Where in the plane of y each window has its largest entry, ``[N, C, P]``.
+        samples: N.
+        windows: P.
         places: The size of that plane.
     """
 
     def __init__(self, pool: Node) -> None:
         self.pool = pool
+        # Once: what is saved may be in other hands (of a checkpoint, say) that give it out a single time.
         self._y, self._result = pool._saved_self, pool._saved_result1
         self.winners = self._result.flatten(-2)
+        self.samples, _, self.windows = self.winners.shape
         self.places = self._y.shape[-2] * self._y.shape[-1]
-        self._positive = (self._y.flatten(-2).gather(-1, self.winners) > 0).view_as(self._result)
+
+    @cached_property
+    def _positive(self) -> Tensor:
+        """1[pool(y) > 0]."""
+        return (self._y.flatten(-2).gather(-1, self.winners) > 0).view_as(self._result)
 
     def pooled(self, delta: Tensor) -> Pooled:
         """The bracket for δ of one column at the output of the pooling."""

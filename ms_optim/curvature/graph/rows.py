@@ -73,19 +73,21 @@ _PIECES = _named("Select Unbind")
 _NORMALISED = _named("NativeLayerNorm FusedRmsNorm")
 
 
-def proved_layouts(order: Sequence[Node]) -> dict[Node, Layout]:
+def proved_layouts(order: Sequence[Node], logits: Shape) -> dict[Node, Layout]:
     """Where the samples provably lie in the outputs of nodes.
 
     Args:
-        order: All nodes of the logits' graph, each after those that it takes its inputs from; the last gave ``[N, K]``.
+        order: All nodes of the logits' graph, each after those that it takes its inputs from.
+        logits: The logits' shape, ``[N, K]``: they may be any output of the last node.
 
     Returns:
         Node → its layout, for those of which it is proved.
     """
-    samples = shape_of(order[-1])[0]
+    samples = logits[0]
     if samples == 1:  # which has all of every tensor
         return {node: Layout(1) for node in order if node._input_metadata and shape_of(node)}
     outer: dict[Node, int | None] = {order[-1]: 1}  # P; None: doubtful
+    shapes = {order[-1]: logits}  # of an output that is taken
     for node in reversed(order):  # whatever takes a node has been looked at before it
         p = outer[node]
         for slot, (source, output) in enumerate(node.next_functions):
@@ -93,7 +95,8 @@ def proved_layouts(order: Sequence[Node]) -> dict[Node, Layout]:
                 continue
             found = None
             if p is not None and source._input_metadata:
-                found = _outer_of_input(node, operation(node), slot, shape_of(source, output), p, samples)
+                shapes[source] = shape_of(source, output)
+                found = _outer_of_input(node, operation(node), slot, shapes[source], shapes[node], p, samples)
             outer[source] = found if outer.setdefault(source, found) == found else None
     layouts = {node: _layout(shape_of(node), p, samples) for node, p in outer.items() if p is not None}
     return {node: layout for node, layout in layouts.items() if layout is not None}
@@ -108,13 +111,16 @@ def _layout(shape: Shape, p: int, samples: int) -> Layout | None:
     return Layout(samples, "position-major") if shape[:1] == (p * samples,) else None
 
 
-def _outer_of_input(node: Node, name: str, slot: int, shape: Shape, p: int, samples: int) -> int | None:
-    """P of an input, of the given shape, of a node with P at its output; ``None``: it has none, or it is not known."""
-    made = shape_of(node)
+def _outer_of_input(
+    node: Node, name: str, slot: int, shape: Shape, made: Shape, p: int, samples: int
+) -> int | None:
+    """P of an input, of the given shape, of a node with P at an output; ``None``: it has none, or it is not known."""
+    if 0 in shape:
+        return None
     if name in _VIEWS:
         return p
     if name in ("Permute", "Transpose"):
-        return _permuted(node, name, shape, p, samples)
+        return _permuted(node, name, shape, made, p, samples)
     if name in _PIECES or name in _REDUCTIONS:
         axes = sorted(_axes(node, len(shape)))
         if len(axes) == 1 and p % math.prod(shape[: axes[0]]) == 0:  # one of m tensors, or their sum
@@ -150,9 +156,8 @@ def _axes_for(shape: Shape, size: int) -> int | None:
     return None
 
 
-def _permuted(node: Node, name: str, shape: Shape, p: int, samples: int) -> int | None:
+def _permuted(node: Node, name: str, shape: Shape, made: Shape, p: int, samples: int) -> int | None:
     """P of the input of a permutation: the axis that holds the samples, and blocks of them only, goes elsewhere."""
-    made = shape_of(node)
     order = list(range(len(made)))
     if name == "Permute":
         order = [_signed(axis) % len(made) for axis in node._saved_dims]
@@ -171,7 +176,7 @@ def _axes(node: Node, count: int) -> set[int]:
     """The axes that an operation goes along, of ``count``; all of them if it does not say."""
     if operation(node) == "ConstantPadNd":  # two numbers for each axis, the last axis first
         return {count - 1 - place // 2 for place, width in enumerate(node._saved_pad) if width} or {count}
-    saved = getattr(node, "_saved_dim", getattr(node, "_saved_dims", None))
+    saved = getattr(node, "_saved_dims" if operation(node) in ("Flip", "Roll") else "_saved_dim", None)
     saved = [saved] if isinstance(saved, int) else saved
     return {_signed(axis) % count for axis in saved} if saved else set(range(count))
 

@@ -52,16 +52,18 @@ class Tape:
         uses: Parameter name → its uses, in the order of the forward pass; empty if the logits ignore it.
         kind: Parameter name → ``"hessian"`` or ``"gauss-newton"``.
         order: All nodes, each after those that it takes its inputs from.
+        logits: The shape of the logits.
     """
 
     uses: dict[str, list[Use]] = field(default_factory=dict)
     kind: dict[str, str] = field(default_factory=dict)
     order: list[Node] = field(default_factory=list)
+    logits: tuple[int, ...] = (1, 1)
 
     @cached_property
     def layouts(self) -> dict[Node, Layout]:
         """See :func:`ms_optim.curvature.graph.rows.proved_layouts`."""
-        return proved_layouts(self.order)
+        return proved_layouts(self.order, self.logits)
 
     @cached_property
     def activation_bytes(self) -> int:
@@ -105,7 +107,7 @@ def read_tape(logits: Tensor, parameters: Mapping[str, Tensor]) -> Tape:
         depends[node] = union(slots)
         tainted |= nonlinear_in(node, reader.operations[node], slots, reader.samples, node in reader.derived)
     kind = {name: "gauss-newton" if tainted & bit else "hessian" for name, bit in bits.items()}
-    return Tape(uses, kind, list(inputs))
+    return Tape(uses, kind, list(inputs), tuple(logits.shape))
 
 
 def _inputs_first(root: Node | None) -> dict[Node, tuple[tuple[Node | None, int], ...]]:

@@ -93,25 +93,6 @@ def signs(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> T
     return coins(shape, generator).to(device=like.device, dtype=like.dtype)
 
 
-def cholesky_columns(log_p: Tensor, start: int, stop: int) -> Tensor:
-    """Columns ``start … stop − 1`` of the Cholesky factor of diag(p) − p pᵀ, in the order of the classes.
-
-    Args:
-        log_p: ``[N, K]``.
-        start: The first column.
-        stop: One past the last, at most K − 1.
-
-    Returns:
-        ``[stop − start, N, K]``.
-    """
-    log_q = _log_tails(log_p)
-    diagonal = _log_diagonal(log_p, log_q)[:, start:stop].exp()
-    ratio = (log_p[:, None, :] - log_q[:, start + 1 : stop + 1, None]).clamp_max_(0.0).exp_()
-    unit = ratio.neg_().triu_(start + 1)  # N k j: nothing for j < k
-    unit.diagonal(start, 1, 2).fill_(1.0)
-    return unit.mul_(diagonal[:, :, None]).transpose(0, 1)
-
-
 def signed_column(log_p: Tensor, start: int, eps: Tensor) -> Tensor:
     """Σ_{k≥start} ε_k S_k for Cholesky columns S_k and given signs ε_k, differentiable in ``log_p``.
 
@@ -212,23 +193,6 @@ def remaining_traces(logits: Tensor) -> Tensor:
         share = (log_p - log_q)[:, :-1].exp() - (log_t[:, 1:] - log_q[:, :-1] - log_q[:, 1:]).exp()
         left = log_q[:, 1:].exp() * (1 + share)
         return F.pad(left.sum(0), (0, 1))
-
-
-def sampled_columns(logits: Tensor, columns: int, generator: torch.Generator) -> Tensor:
-    """The ``columns`` leading columns of each sample exactly, and one signed column for the rest.
-
-    Args:
-        logits: ``[N, K]``.
-        columns: r ≥ 0, the number of exact columns; from r = K − 2 on nothing is left to sample.
-        generator: Draws the signs.
-
-    Returns:
-        ``[min(r + 1, K − 1), N, K]``, detached; E S Sᵀ = P over the signs.
-    """
-    samples, classes = logits.shape
-    if columns >= classes - 2:
-        return exact_columns(logits)
-    return torch.cat(split_columns(logits, columns, coins((samples, classes - 1), generator)[None]))
 
 
 def probe(logits: Tensor, generator: torch.Generator) -> Tensor:

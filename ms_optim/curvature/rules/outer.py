@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from ..graph.layout import Layout
 from ..graph.lift import Lift, Pooled
 from ..graph.use import Use
+from . import contraction
 from .contraction import Accumulator, Contraction, Piece, RowNorms, Running, row_squares, slices, square_sum, wide
 
 # With so many rows a product with a sample's U is efficient; to put columns together for more costs what it saves.
@@ -171,7 +172,12 @@ class Outer(Contraction):
     def temporary_bytes(self, item: int) -> int:
         """See the base class."""
         groups, o, i, v = self.sizes
-        return groups * max(4, item) * (v * i + o * v + o * i)
+        item = max(4, item)
+        dense = groups * item * (v * i + o * v + o * i)
+        if not self.plane:
+            return dense
+        # Over the windows of a pooling U is there twice, and then what is gathered of it.
+        return dense + groups * item * v * i + min(contraction._CHUNK_BYTES, groups * item * o * v * i)
 
 
 class _GramTrace(Accumulator):
@@ -217,20 +223,27 @@ class _OuterDirect(Accumulator):
         """A sum over the winners of windows, where it is so much shorter that gathering U there is worth it.
 
         To copy a number of U costs about as much as to multiply six columns by it, and small products half as much
-        again as large ones; on a GPU neither has been measured.
+        again as large ones; with few inputs, or more than a cache holds, more than is saved. On a GPU neither has been
+        measured.
         """
         rule = self.rule
-        if not rule.plane or rule.source.is_cuda:
+        groups, outputs, inputs, positions = rule.sizes
+        chosen = groups * outputs * lift.windows * inputs
+        if not rule.plane or rule.source.is_cuda or inputs < 16 or 4 * chosen > contraction._CHUNK_BYTES:
             return False
-        return lift.winners.shape[-1] * (1.5 * self.columns + 6) < lift.places * self.columns
+        gathers = -(-self.columns // self._brackets_together(lift))
+        return lift.windows * (1.5 * self.columns + 6 * gathers) < lift.places * self.columns
+
+    def _brackets_together(self, lift: Lift) -> int:
+        """How many columns are kept for one gathering: no more than are as large as U."""
+        _, outputs, inputs, positions = self.rule.sizes
+        return max(1, positions * inputs // (outputs * lift.windows))
 
     def add(self, piece: Piece) -> None:
         """See the base class."""
         if piece.pooled is not None and self.prefers(piece.pooled.lift):
-            groups, outputs, inputs, positions = self.rule.sizes
             self.pooled.append(piece.pooled)
-            windows = outputs * piece.pooled.lift.winners.shape[-1]
-            if (len(self.pooled) + 1) * windows > positions * inputs:  # no more than U would be
+            if len(self.pooled) >= self._brackets_together(piece.pooled.lift):
                 self._contract_pooled()
             return
         columns = self.rule.layout.front(piece.delta, lead=1)
@@ -272,10 +285,12 @@ class _OuterDirect(Accumulator):
                     squares.append(row_squares(g.transpose(-1, -2)))
                 else:
                     squares.append(row_squares(g))
-            found.append(torch.stack(squares).sum(0) if len(squares) > 1 else squares[0])
-        if self.entries:
-            self.squares.add(torch.stack(found).sum(0) if len(found) > 1 else found[0])
-        else:
+            total = torch.stack(squares).sum(0) if len(squares) > 1 else squares[0]
+            if self.entries:
+                self.squares.add(total)
+            else:
+                found.append(total)
+        if not self.entries:
             self.squares.add(torch.cat(found) if len(found) > 1 else found[0])
 
 
@@ -295,12 +310,10 @@ class _OuterDirect(Accumulator):
             g = wide(brackets[:, part]).permute(1, 2, 0, 3).flatten(0, 1) @ chosen  # (n g o) c i
             if self.entries:
                 g = g.view(len(u), groups, outputs, count, inputs)
-                found.append(torch.einsum("ngoci,ngoci->goi", g, g))
+                self.squares.add(torch.einsum("ngoci,ngoci->goi", g, g))
             else:
                 found.append(row_squares(g.view(len(u), -1)))
-        if self.entries:
-            self.squares.add(torch.stack(found).sum(0))
-        else:
+        if not self.entries:
             self.squares.add(torch.cat(found))
 
 

@@ -71,9 +71,9 @@ class _ReducedSquares(Accumulator):
         self.squares = Running()
 
     def prefers(self, lift: Lift) -> bool:
-        """A shift is a sum over windows as well."""
+        """A shift of channels is a sum over windows as well."""
         rule = self.rule
-        return type(rule) is Reduced and rule.factor is None and rule.layout == Layout(lift.pool._saved_self.shape[0])
+        return rule.factor is None and rule.axes == (1,) and rule.layout == Layout(lift.samples)
 
     def add(self, piece: Piece) -> None:
         """See the base class."""
