@@ -27,6 +27,8 @@ class Case:
 
     def build(self, params: Any, /, **options: Any) -> ms_optim.SharpnessAware:
         settings = {"lr": 0.05, "momentum": 0.9, "refresh_every": 3, **self.options, **options}
+        if settings.get("ascent") == "momentum":
+            settings["momentum"] = 0.9  # which it cannot do without
         network = options.get("model", params)
         if settings.get("rebalance", "move") and isinstance(network, nn.Module):
             settings.setdefault("group", known_group(network))
@@ -51,6 +53,16 @@ CASES = [
     Case("MSSAM[metric]", ms_optim.MSSAM, 2, {"rho": 0.0}, {"rho": 0.1, "rebalance": "metric"}),
     Case("MSSAM[None]", ms_optim.MSSAM, 2, {"rho": 0.0}, {"rho": 0.1, "rebalance": None}),
     Case("MSSAM[move,gauge=1/2]", ms_optim.MSSAM, 2, {"rho": 0.0}, {"rho": 0.1, "gauge": 0.5, "columns": None}),
+    Case("SAM[momentum]", ms_optim.SAM, 1, {"rho": 0.0}, {"rho": 0.1, "ascent": "momentum"}),
+    Case("ASAM[momentum]", ms_optim.ASAM, 1, {"rho": 0.0}, {"rho": 0.5, "ascent": "momentum"}),
+    Case("MSSAM[momentum,move]", ms_optim.MSSAM, 1, {"rho": 0.0}, {"rho": 0.1, "ascent": "momentum"}),
+    Case(
+        "MSSAM[momentum,metric]",
+        ms_optim.MSSAM,
+        1,
+        {"rho": 0.0},
+        {"rho": 0.1, "ascent": "momentum", "rebalance": "metric"},
+    ),
     Case("MSReg[trace,move]", ms_optim.MSRegularizedSGD, 1, {"strength": 0.0}, {"strength": 0.01}),
     Case(
         "MSReg[trace,metric]",

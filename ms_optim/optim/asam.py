@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from ..errors import OptimizerError
 from .engine import Plan, SharpnessAware
-from .sam import two_passes
+from .sam import Ascent, require_ascent, sam_plan
 
 Operator = Literal["official", "elementwise"]
 
@@ -65,6 +65,7 @@ class ASAM(SharpnessAware):
         rho: ρ ≥ 0, the radius; 0 is the base optimizer, in one pass.
         operator: ``"official"`` or ``"elementwise"``; say which in a comparison.
         eta: η ≥ 0 of the official operator.
+        ascent: ``"gradient"``, or ``"momentum"``: one pass, against the base optimizer's momentum.
         **options: ``model``, ``rebalance`` and what goes with it (see :class:`SharpnessAware`; by default none), and
             the base optimizer's own arguments, such as ``lr``.
 
@@ -82,6 +83,7 @@ class ASAM(SharpnessAware):
         rho: float = 0.5,  # ρ
         operator: Operator = "official",
         eta: float = 0.01,  # η
+        ascent: Ascent = "gradient",
         **options: Any,
     ) -> None:
         if operator not in ("official", "elementwise"):
@@ -94,11 +96,14 @@ class ASAM(SharpnessAware):
                 "operator='official' treats weights and biases differently and needs their names; pass the model, or "
                 "operator='elementwise'"
             )
-        self.operator, self.eta = operator, eta
+        require_ascent(self, ascent)
+        self.operator, self.eta, self.ascent = operator, eta, ascent
+        if ascent == "momentum":
+            self.attach()
 
     def plan(self) -> Plan:
         """See the base class."""
-        return two_passes(self, self.metric)
+        return sam_plan(self, self.metric, self.ascent)
 
     def metric(self) -> list[Tensor]:
         """M = w T_{αW}², per parameter."""

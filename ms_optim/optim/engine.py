@@ -38,6 +38,7 @@ from ..curvature import hessian_trace
 from ..errors import NoEffectWarning, OptimizerError, StateError, UnsupportedError
 from ..symmetry import ScaleGroup, scale_symmetries
 from .gradient_pass import GradientPass, Perturbation, Snapshot
+from .loop import Loop
 from .requirements import (
     Rebalance,
     first_difference,
@@ -122,7 +123,7 @@ class SharpnessAware(Optimizer):
         self._settings = dict(settings)
         self._due = 0  # steps until the next refresh
         self._ready = False  # all passes of a step are done
-        self._refreshing = False
+        self._measuring = False
         self._pass: GradientPass | None = None
         self._names: list[str] = []
         self._subgroups: dict[frozenset[str], ScaleGroup] = {}
@@ -131,6 +132,7 @@ class SharpnessAware(Optimizer):
         self.batches: list[Batch] = []
         self.scaler: torch.amp.GradScaler | None = None  # that of the present step, if it was named
         self._stepped_by_scaler = False
+        self._loop: Loop | None = None
         self._constructed = False
         super().__init__(params, dict(settings))
         self.base = base(self.param_groups, **options)
@@ -142,6 +144,11 @@ class SharpnessAware(Optimizer):
         for entry in self.param_groups:
             self._check_group(entry)
         self.generator = torch.Generator(self.parameters()[0].device).manual_seed(seed)
+
+    def attach(self) -> None:
+        """Take the passes of unmodified loops; for plans of one pass, at the end of their constructor."""
+        if self.model is not None:
+            self._loop = Loop(self)
 
     @abstractmethod
     def plan(self) -> Plan:
@@ -191,6 +198,11 @@ class SharpnessAware(Optimizer):
         values: dict[str, float] = getattr(self.balance, which)
         return [values.get(name, neutral) for name in self._names]
 
+    def momentum(self) -> list[Tensor | None]:
+        """The base optimizer's running average of gradients, per parameter; ``None`` where there is none yet."""
+        states = [self.base.state.get(p, {}) for p in self.parameters()]
+        return [state.get("momentum_buffer", state.get("exp_avg")) for state in states]
+
     def gradients(self) -> list[Tensor | None]:
         """The gradients of the last pass, per parameter.
 
@@ -230,10 +242,21 @@ class SharpnessAware(Optimizer):
         Raises:
             OptimizerError: If the previous pass was not left, or the model was not called where a refresh was due.
         """
+        if self._loop is not None:
+            self._loop.drop()
         if self._pass is not None:
             raise OptimizerError("passes() was called inside a gradient pass; leave the pass first")
-        self._ready = self._stepped_by_scaler = False
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        yield from self._passes(hooked=False)
+
+    def loop_passes(self) -> Iterator[GradientPass]:
+        """:meth:`passes` of a loop whose forward passes are hooked and whose gradients are its own business."""
+        self.scaler = None
+        return self._passes(hooked=True)
+
+    def _passes(self, hooked: bool) -> Iterator[GradientPass]:
+        """See :meth:`passes`."""
+        self._ready = self._stepped_by_scaler = False
         self.batches = []
         before = Snapshot(self)
         plan, first = self.plan(), True
@@ -245,7 +268,7 @@ class SharpnessAware(Optimizer):
             except BaseException:
                 before.restore()
                 raise
-            gradient_pass = GradientPass(self, perturbation, before, first)
+            gradient_pass = GradientPass(self, perturbation, before, first, hooked)
             del perturbation  # it holds the gradients of the pass before, whose memory this pass can use
             yield gradient_pass
             if not gradient_pass.done:
@@ -264,9 +287,11 @@ class SharpnessAware(Optimizer):
             The loss of the first pass (before any ascent), or ``None`` without a closure.
 
         Raises:
-            OptimizerError: If there is neither a closure nor finished passes.
+            OptimizerError: If there is neither a closure nor finished passes, nor a pass begun by a training forward.
         """
         loss = None
+        if closure is None and self._loop is not None and self._loop.begun:
+            self._loop.finish()
         if closure is not None and self._stepped_by_scaler:
             self._stepped_by_scaler = False
             raise OptimizerError(
@@ -307,7 +332,7 @@ class SharpnessAware(Optimizer):
         """
         if self.model is None:
             raise OptimizerError("refresh needs the network's graph; pass the model when building the optimizer")
-        if self._pass is not None and not self._refreshing:
+        if self._pass is not None and not self._measuring:
             raise OptimizerError(
                 "refresh was called inside a gradient pass, where the weights may be perturbed and are put back "
                 "afterwards; call it before passes()"
@@ -426,6 +451,8 @@ class SharpnessAware(Optimizer):
         if list(own["representative"]) == [self.rebalance, self.gauge]:
             restored = None if own["balance"] is None else Balance.from_state(own["balance"])
             due = min(int(own["due"]), self.refresh_every)
+        if self._loop is not None:
+            self._loop.drop()
         stream = own["generator"].cpu()
         self.base.load_state_dict({key: value for key, value in state_dict.items() if key != "ms_optim"})
         self._share()
@@ -436,15 +463,26 @@ class SharpnessAware(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but what torch leaves out, too: hooks, and the ``step`` that a scheduler has wrapped."""
+        if self._loop is not None:
+            self._loop.interrupt()
         if self._pass is not None:
             raise OptimizerError("an optimizer was copied inside a gradient pass; leave the pass first")
         kept = {k: v for k, v in vars(self).items() if k != "step" and not k.startswith("_optimizer_")}
-        return {**kept, "_backup": [], "scaler": None}
+        return {**kept, "_backup": [], "scaler": None, "_loop": self._loop is not None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy hooks the model that was copied with it."""
+        super().__setstate__(state)
+        hooked, self._loop = self._loop, None
+        if hooked:
+            self.attach()
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """What GradScaler asks for before it unscales and calls :meth:`step`: the only moment at which we see it."""
         self._stepped_by_scaler = True
+        if self._loop is not None:
+            self._loop.interrupt()  # the scaler may skip the step that would do so
         if self.scaler is None and self.adds_to_gradient:
             raise OptimizerError(
                 f"{type(self).__name__} adds to a gradient that GradScaler is about to divide by the loss scale, and "
@@ -509,18 +547,34 @@ class SharpnessAware(Optimizer):
                 )
         return self._subgroups[fixed]
 
-    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The forward pre-hook of the first pass: refresh if due, keep the batch."""
-        if not torch.is_grad_enabled() or self._pass is None or self._refreshing:
+    @property
+    def busy(self) -> bool:
+        """Whether the model is being measured by the optimizer itself."""
+        return self._measuring
+
+    @property
+    def inside_a_pass(self) -> bool:
+        """Whether a gradient pass is open."""
+        return self._pass is not None
+
+    def before_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], may_refresh: bool = True) -> None:
+        """What the first pass does before the model's forward: refresh if due, keep the batch.
+
+        Args:
+            args: The model's arguments.
+            kwargs: Those that are named.
+            may_refresh: Not if a forward of the same step came before.
+        """
+        if not torch.is_grad_enabled() or self._pass is None or self._measuring:
             return
         batch = Batch(args, kwargs)
         if self.keeps_batches:
             self.batches.append(batch)
-        if self.refresh_due:
-            self._refreshing = True
+        if self.refresh_due and may_refresh:
+            self._measuring = True
             try:
                 self._pass.before.keep_weights()
                 self.refresh(batch)
             finally:
-                self._refreshing = False
+                self._measuring = False
             self._pass.perturb()

@@ -91,6 +91,7 @@ class GradientPass:
             last moment: where a refresh is due, after that refresh.
         before: The state before the step, to go back to after an exception.
         first: Whether buffers keep what this pass does to them, and a refresh may run.
+        hooked: Whether the model's forward passes are seen already, and gradients are not ours to zero.
     """
 
     def __init__(
@@ -99,8 +100,10 @@ class GradientPass:
         perturbation: Perturbation | Callable[[], Perturbation],
         before: Snapshot,
         first: bool,
+        hooked: bool = False,
     ) -> None:
         self.optimizer, self.perturbation, self.before, self.first = optimizer, perturbation, before, first
+        self.hooked = hooked
         self.done = False
         self._weights: list[Tensor] = []
         self._saved: list[Tensor] = []
@@ -131,7 +134,7 @@ class GradientPass:
     def _begin(self) -> None:
         """Zero the gradients, keep the buffers, perturb."""
         optimizer = self.optimizer
-        for p in optimizer.parameters():
+        for p in () if self.hooked else optimizer.parameters():
             p.grad = None
         if self.first:
             self.before.streams = Streams.now(optimizer.parameters())  # a loop may draw before it enters the pass
@@ -140,9 +143,10 @@ class GradientPass:
             self.before.streams.restore()
         if optimizer.model is not None and self.first:
             # Registered for this pass only: a hook that stayed would travel along when the model is copied or saved.
-            self._hook = optimizer.model.register_forward_pre_hook(
-                optimizer._before_forward, prepend=True, with_kwargs=True
-            )
+            if not self.hooked:
+                self._hook = optimizer.model.register_forward_pre_hook(
+                    lambda module, args, kwargs: optimizer.before_forward(args, kwargs), prepend=True, with_kwargs=True
+                )
         elif optimizer.model is not None:
             self._buffers = [(buffer, buffer.detach().clone()) for buffer in optimizer.model.buffers()]
         if not (callable(self.perturbation) and self.first and optimizer.refresh_due):

@@ -11,7 +11,7 @@ in balanced coordinates); see :class:`ms_optim.Balance`.  Between refreshes w is
                        whose dependence on the probabilities is part of it.  A forward of its own, a backpropagation to
                        the layers' outputs and a backward through both: on small networks a step takes 3 to 7 times as
                        long as SGD's, more than SAM's.  Needs no graph from the training loss: it is added to ``.grad``
-                       when the pass is over, before any clipping.
+                       when the pass is over, before any clipping (in an unmodified loop, in ``step()``, after it).
     gradient="noise"   the gradient at W + z, z ~ N(0, 2 λ w_p): one pass, and a random number per weight, which on a
                        CPU and small batches can cost as much as the pass.  This is smoothed loss in the
                        balanced metric, not MS: at the kinks of ReLU noise sees curvature of its own order, on a trained
@@ -81,6 +81,7 @@ class MSRegularizedSGD(SharpnessAware):
             )
         self.gradient = gradient
         self.keeps_batches = gradient == "trace"
+        self.attach()
 
     def plan(self) -> Plan:
         """See the base class."""
@@ -125,8 +126,12 @@ class MSRegularizedSGD(SharpnessAware):
         if self.scaler is not None:
             scale = self.scaler.get_scale()
             strength = [scale * s for s in strength]
-        with torch.autocast(self.parameters()[0].device.type, enabled=False):
-            self._add_penalty(strength)
+        self._measuring = True
+        try:
+            with torch.autocast(self.parameters()[0].device.type, enabled=False):
+                self._add_penalty(strength)
+        finally:
+            self._measuring = False
 
     def _add_penalty(self, strength: list[float]) -> None:
         """The same, for a strength that is scaled as the gradient is."""

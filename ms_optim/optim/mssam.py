@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from .engine import Plan, SharpnessAware
 from .requirements import Rebalance
-from .sam import two_passes
+from .sam import Ascent, require_ascent, sam_plan
 
 
 class MSSAM(SharpnessAware):
@@ -32,6 +32,7 @@ class MSSAM(SharpnessAware):
         base: The class of the optimizer that descends.
         rho: ρ ≥ 0, the radius at the representative; 0 is the base optimizer (there), in one pass.
         rebalance: ``"move"``, ``"metric"``, or ``None`` for plain SAM.
+        ascent: ``"gradient"``, or ``"momentum"``: one pass, against the base optimizer's momentum.
         **options: ``model``, ``refresh_every``, ``columns``, ``gauge``, ``group``, ``seed`` (see
             :class:`SharpnessAware`), and the base optimizer's own arguments, such as ``lr``.
 
@@ -48,10 +49,15 @@ class MSSAM(SharpnessAware):
         base: Callable[..., Optimizer] = torch.optim.SGD,
         rho: float = 0.05,  # ρ
         rebalance: Rebalance = "move",
+        ascent: Ascent = "gradient",
         **options: Any,
     ) -> None:
         super().__init__(model_or_params, base, {"rho": rho}, rebalance=rebalance, **options)
+        require_ascent(self, ascent)
+        self.ascent = ascent
+        if ascent == "momentum":
+            self.attach()
 
     def plan(self) -> Plan:
         """See the base class."""
-        return two_passes(self, lambda: self.scales("weights"))
+        return sam_plan(self, lambda: self.scales("weights"), self.ascent)

@@ -6,7 +6,12 @@ r"""SAM: descend along the gradient at the worst nearby point, ε = ρ M g / √
 
 One global norm; a parameter group's ρ multiplies its part of ε.
 
-Source: Foret et al., arXiv 2010.01412, eq. 2 and 3 for M = 1 (second-order terms dropped, as there).
+With ``ascent="momentum"`` the base optimizer's running average of gradients m takes the place of g, with the opposite
+sign: the gradient is taken at a point in the direction of the coming step, ε = −ρ M m / √⟨m, M m⟩.  That direction is
+known before the pass, so one pass is enough, at half of SAM's cost and in unmodified loops.
+
+Source: Foret et al., arXiv 2010.01412, eq. 2 and 3 for M = 1 (second-order terms dropped, as there); for the momentum
+Becker et al., arXiv 2401.12033, Algorithm 1.
 """
 
 from __future__ import annotations
@@ -14,7 +19,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +30,7 @@ from .engine import Plan, SharpnessAware
 from .gradient_pass import Perturbation, Scaled
 
 Metric = list[float] | list[Tensor]
+Ascent = Literal["gradient", "momentum"]
 
 
 def ascent(
@@ -73,16 +79,42 @@ def ascent(
     return Scaled(directions, factors)
 
 
-def two_passes(optimizer: SharpnessAware, metric: Callable[[], Metric]) -> Plan:
-    """The plan of every SAM: the gradient here, then the gradient at ε; one pass where ρ = 0.
+def require_ascent(optimizer: SharpnessAware, ascent: Ascent) -> None:
+    """Refuse a direction that the base optimizer does not have.
+
+    Args:
+        optimizer: The optimizer.
+        ascent: The direction.
+
+    Raises:
+        ValueError: If it is another word, or the momentum of a base optimizer without one.
+    """
+    if ascent not in ("gradient", "momentum"):
+        raise ValueError(f"ascent must be 'gradient' or 'momentum', got {ascent!r}")
+    entries = optimizer.base.param_groups
+    if ascent == "momentum" and not all(entry.get("momentum", 0.0) > 0 or "betas" in entry for entry in entries):
+        raise ValueError(
+            f"ascent='momentum' needs a running average of gradients, and {type(optimizer.base).__name__} was built "
+            "without momentum; pass momentum=0.9, say, or ascent='gradient'"
+        )
+
+
+def sam_plan(optimizer: SharpnessAware, metric: Callable[[], Metric], ascent_along: Ascent) -> Plan:
+    """The plan of every SAM: the gradient here, then the gradient at ε; one pass where ρ = 0, or ε is known before.
 
     Args:
         optimizer: The optimizer.
         metric: Gives M once the first gradient, and with it a refresh, is there.
+        ascent_along: What gives the direction.
 
     Yields:
-        ``None``, then ε.
+        ``None``, then ε; or ε alone.
     """
+    rho = optimizer.setting("rho")
+    if ascent_along == "momentum" and any(rho):
+        # A function: after a refresh that is due in this pass, M and the momentum are others.
+        yield lambda: ascent(optimizer.momentum(), metric(), [-r for r in rho])
+        return
     yield None
     rho = optimizer.setting("rho")
     if any(rho):
@@ -98,6 +130,7 @@ class SAM(SharpnessAware):
         model_or_params: The model (BatchNorm's statistics then move once a step), or parameters or groups.
         base: The class of the optimizer that descends.
         rho: ρ ≥ 0, the radius; 0 is the base optimizer, in one pass.
+        ascent: ``"gradient"``, or ``"momentum"``: one pass, against the base optimizer's momentum.
         **options: ``model``, ``rebalance`` and what goes with it (see :class:`SharpnessAware`; by default none), and
             the base optimizer's own arguments, such as ``lr``.
 
@@ -113,10 +146,15 @@ class SAM(SharpnessAware):
         model_or_params: nn.Module | Iterable[Any],
         base: Callable[..., Optimizer] = torch.optim.SGD,
         rho: float = 0.05,  # ρ
+        ascent: Ascent = "gradient",
         **options: Any,
     ) -> None:
         super().__init__(model_or_params, base, {"rho": rho}, **options)
+        require_ascent(self, ascent)
+        self.ascent = ascent
+        if ascent == "momentum":
+            self.attach()
 
     def plan(self) -> Plan:
         """See the base class."""
-        return two_passes(self, lambda: self.scales("weights"))
+        return sam_plan(self, lambda: self.scales("weights"), self.ascent)

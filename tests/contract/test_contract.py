@@ -14,6 +14,7 @@ from torch import nn
 
 import ms_optim
 from ms_optim.errors import NoEffectWarning, NonFiniteWarning, OptimizerError, StateError, UnsupportedError
+from ms_optim.optim.loop import Loop
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 balanced_cases = pytest.mark.parametrize("case", [c for c in CASES if c.rebalances], ids=str)
@@ -96,7 +97,7 @@ def test_batch_norm_statistics_move_once_a_step(case: Case):
     for x, _ in batches[1:]:
         plain(x)
     assert int(model[1].num_batches_tracked) == 3
-    if "noise" not in case.name:
+    if "noise" not in case.name and "momentum" not in case.name:  # whose one pass is at perturbed weights
         assert torch.equal(model[1].running_mean, plain[1].running_mean)
         assert torch.equal(model[1].running_var, plain[1].running_var)
 
@@ -157,7 +158,7 @@ def test_an_exception_in_any_pass_leaves_everything_as_before_the_step(case: Cas
     with pytest.raises(error, match="planted"):
         optimizer.step(closure)
     assert same(before, everything(model, optimizer))
-    assert not model._forward_pre_hooks
+    assert all(isinstance(getattr(hook, "__self__", None), Loop) for hook in model._forward_pre_hooks.values())
     for _ in train(model, optimizer, batches[failing_step:]):  # and the optimizer is still usable
         pass
 
@@ -198,7 +199,8 @@ def test_nothing_but_the_step_itself_touches_global_randomness_modes_and_hooks(c
     optimizer.step(closure)
     assert torch.equal(state, torch.get_rng_state())
     assert modes == [m.training for m in model.modules()]
-    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+    hooks = [hook for m in model.modules() for hook in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())]
+    assert not [hook for hook in hooks if not isinstance(getattr(hook, "__self__", None), Loop)]
     assert plain.param_groups[0]["lr"] == 0.05
 
 
@@ -208,8 +210,9 @@ def test_a_copied_or_saved_model_carries_nothing_of_the_optimizer(case: Case):
     optimizer = case.build(model)
     for _ in train(model, optimizer, samples(model, 2)):
         pass
-    pickle.loads(pickle.dumps(model))
-    assert not copy.deepcopy(model)._forward_pre_hooks
+    for twin in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        for hook in twin._forward_pre_hooks.values():  # of an unmodified loop: it does nothing any more
+            assert hook.__self__._optimizer is None
 
 
 @every_case
@@ -426,7 +429,8 @@ def test_a_step_without_gradient_passes_is_refused(case: Case):
     model = mlp()
     optimizer = case.build(model)
     (x, y), *_ = samples(model, 1)
-    cross_entropy(model(x), y).backward()
+    if case.passes > 1:  # one is what a loop makes anyway
+        cross_entropy(model(x), y).backward()
     with pytest.raises(OptimizerError, match="call step"):
         optimizer.step()
     unfinished = optimizer.passes()

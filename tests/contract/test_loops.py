@@ -1,0 +1,201 @@
+"""An optimizer of one pass in a loop that knows nothing of it: `loss.backward(); optimizer.step()`."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from cases import CASES, Case, convnet, everything, mlp, same, samples
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import ms_optim
+from ms_optim.errors import OptimizerError
+
+one_pass = pytest.mark.parametrize("case", [case for case in CASES if case.passes == 1], ids=str)
+perturbed = pytest.mark.parametrize(
+    "case", [case for case in CASES if case.passes == 1 and "trace" not in case.name], ids=str
+)
+every_network = pytest.mark.parametrize("network", [mlp, convnet])
+
+
+def loop(model, optimizer, batches, between=lambda x: None, parts=1):
+    """An ordinary loop, with something in the way of every step."""
+    for x, y in batches:
+        optimizer.zero_grad()
+        for part in torch.arange(len(x)).chunk(parts):
+            loss = cross_entropy(model(x[part]), y[part]) / parts
+            loss.backward()
+        between(x)
+        optimizer.step()
+
+
+def explicit(model, optimizer, batches, parts=1):
+    """The same as passes."""
+    for x, y in batches:
+        for gradient_pass in optimizer.passes():
+            with gradient_pass:
+                for part in torch.arange(len(x)).chunk(parts):
+                    (cross_entropy(model(x[part]), y[part]) / parts).backward()
+        optimizer.step()
+
+
+def after(drive, case, network, **how):
+    torch.manual_seed(0)
+    model = network()
+    optimizer = case.build(model, refresh_every=2)
+    torch.manual_seed(1)
+    drive(model, optimizer, samples(model, 5), **how)
+    return everything(model, optimizer)
+
+
+@one_pass
+@every_network
+@pytest.mark.parametrize("parts", [1, 2])
+def test_an_unmodified_loop_gives_the_same_bits(case: Case, network, parts):
+    assert same(after(loop, case, network, parts=parts), after(explicit, case, network, parts=parts))
+
+
+@perturbed
+def test_between_forward_and_step_the_weights_are_perturbed_and_nobody_else_sees_it(case: Case):
+    torch.manual_seed(0)
+    model = mlp()
+    optimizer = case.build(model, refresh_every=1000)
+    batches = samples(model, 3)
+    loop(model, optimizer, batches[:1])
+    clean = [p.detach().clone() for p in model.parameters()]
+    x, y = batches[1]
+    looks = {
+        "state_dict": lambda: list(model.state_dict().values()),
+        "evaluation": lambda: (model.eval()(x), model.train(), list(model.parameters()))[2],
+        "no gradient": lambda: (torch.no_grad()(model)(x), list(model.parameters()))[1],
+        "a measurement": lambda: (ms_optim.hessian_trace(model, x), list(model.parameters()))[1],
+        "the step": lambda: (optimizer.step(), clean)[1],
+    }
+    for look in looks.values():
+        optimizer.zero_grad()
+        cross_entropy(model(x), y).backward()
+        assert not same(clean, list(model.parameters()))
+        assert same(clean, look())
+
+
+@one_pass
+def test_looking_at_the_model_in_between_changes_nothing(case: Case):
+    model_of = {}
+
+    def look(x):
+        model_of["now"].eval()
+        with torch.no_grad():
+            model_of["now"](x)
+        model_of["now"].train()
+        model_of["now"].state_dict()
+
+    def looking(model, optimizer, batches):
+        model_of["now"] = model
+        loop(model, optimizer, batches, between=look)
+
+    assert same(after(looking, case, mlp), after(loop, case, mlp))
+
+
+@one_pass
+def test_copies_of_the_model_and_of_the_optimizer_go_their_own_ways(case: Case):
+    torch.manual_seed(0)
+    model = mlp()
+    optimizer = case.build(model)
+    batches = samples(model, 4)
+    loop(model, optimizer, batches[:2])
+    average = torch.optim.swa_utils.AveragedModel(model)
+    before = everything(model, optimizer)
+    average.train()(batches[0][0]).sum().backward()  # a training forward of the copy
+    assert same(before, everything(model, optimizer))
+    twin, its_model = (lambda pair: (pair[0], pair[1]))(copy.deepcopy((optimizer, model)))
+    loop(its_model, twin, batches[2:])
+    assert same(before, everything(model, optimizer))
+    loop(model, optimizer, batches[2:])
+    assert same(everything(its_model, twin), everything(model, optimizer))
+
+
+@perturbed
+def test_a_step_that_a_scaler_skips_restores_the_weights(case: Case):
+    model = mlp().float()
+    optimizer = case.build(model, refresh_every=1000)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    (x, y), *_ = samples(model, 1)
+
+    def step(factor):
+        optimizer.zero_grad()
+        scaler.scale(factor * cross_entropy(model(x.float()), y)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    step(1.0)
+    weights = [p.detach().clone() for p in model.parameters()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(1e38)
+        assert same(weights, list(model.parameters()))
+        step(1.0)
+    assert not same(weights, list(model.parameters()))
+
+
+@one_pass
+def test_a_failing_refresh_puts_everything_back(case: Case, monkeypatch):
+    if not case.rebalances:
+        pytest.skip("no refresh")
+    model = mlp()
+    optimizer = case.build(model)
+    batches = samples(model, 1)
+    before = everything(model, optimizer)
+    original = optimizer._move_to_representative
+
+    def fail(*args):
+        original(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(optimizer, "_move_to_representative", fail)
+    with pytest.raises(KeyboardInterrupt):
+        loop(model, optimizer, batches)
+    assert same(before, everything(model, optimizer))
+    monkeypatch.setattr(optimizer, "_move_to_representative", original)
+    loop(model, optimizer, batches)
+
+
+def test_two_passes_cannot_be_taken_from_one():
+    model = mlp()
+    with pytest.raises(OptimizerError, match="no gradient passes"):
+        loop(model, ms_optim.SAM(model, lr=0.1), samples(model, 1))
+
+
+def test_momentum_sam_is_the_papers_update_step_by_step():
+    torch.manual_seed(0)
+    model = mlp()
+    twin = copy.deepcopy(model)
+    rho, lr, mu = 0.3, 0.05, 0.9
+    optimizer = ms_optim.SAM(model, torch.optim.SGD, rho=rho, ascent="momentum", lr=lr, momentum=mu)
+    batches = samples(model, 5)
+    loop(model, optimizer, batches)
+    weights = list(twin.parameters())
+    v = [torch.zeros_like(w) for w in weights]
+    for x, y in batches:
+        norm = torch.sqrt(sum(u.square().sum() for u in v))
+        step = [-rho * u / norm if norm > 0 else 0 * u for u in v]
+        shifted = copy.deepcopy(twin)
+        with torch.no_grad():
+            for p, e in zip(shifted.parameters(), step, strict=True):
+                p += e
+        grads = torch.autograd.grad(cross_entropy(shifted(x), y), list(shifted.parameters()))
+        v = [mu * u + g for u, g in zip(v, grads, strict=True)]
+        with torch.no_grad():
+            for w, u in zip(weights, v, strict=True):
+                w -= lr * u
+    for found, expected in zip(model.parameters(), weights, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+
+
+def test_momentum_has_to_be_there():
+    with pytest.raises(ValueError, match="ascent='momentum' needs a running average"):
+        ms_optim.SAM(mlp(), torch.optim.SGD, ascent="momentum", lr=0.1)
+    with pytest.raises(ValueError, match="ascent must be"):
+        ms_optim.MSSAM(mlp(), torch.optim.SGD, ascent="velocity", lr=0.1)
+    optimizer = ms_optim.SAM(nn.Sequential(nn.Linear(6, 4)), torch.optim.AdamW, ascent="momentum", lr=0.01)
+    loop(optimizer.model, optimizer, samples(optimizer.model, 3))
