@@ -62,3 +62,7 @@ class NoEffectWarning(UserWarning):
 
 class NonFiniteWarning(UserWarning):
     """A gradient norm that is not finite: the step goes on without a perturbation."""
+
+
+class LostStateWarning(UserWarning):
+    """A checkpoint that lacks what a resumed run needs to go on as if it had not stopped."""

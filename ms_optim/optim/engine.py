@@ -35,13 +35,13 @@ from torch.optim import Optimizer
 from ..balancing import Balance, balance
 from ..batch import Batch
 from ..curvature import hessian_trace
-from ..errors import NoEffectWarning, OptimizerError, StateError, UnsupportedError
+from ..errors import NoEffectWarning, OptimizerError, UnsupportedError
 from ..symmetry import ScaleGroup, scale_symmetries
+from . import checkpoint
 from .gradient_pass import GradientPass, Perturbation, Snapshot
 from .loop import Loop
 from .requirements import (
     Rebalance,
-    first_difference,
     require_known_base,
     require_nonnegative,
     require_plain_model,
@@ -49,8 +49,6 @@ from .requirements import (
 )
 
 Plan = Generator[Perturbation | Callable[[], Perturbation], None, None]
-
-_STATE_VERSION = 1
 
 # A normaliser's ε stands still while its input is rescaled, so the traces of a badly scaled network are those of a
 # slightly different function. Measured again at the representative they are right: the first refresh is repeated, and
@@ -408,17 +406,7 @@ class SharpnessAware(Optimizer):
         Returns:
             Plain containers, numbers and tensors only: loads with ``weights_only=True``.
         """
-        own = {
-            "version": _STATE_VERSION,
-            "optimizer": type(self).__name__,
-            "parameters": self._signature(),
-            "steps": self.steps,
-            "due": self._due,
-            "representative": [self.rebalance, self.gauge],
-            "generator": self.generator.get_state(),
-            "balance": None if self.balance is None else self.balance.state(),
-        }
-        return {**self.base.state_dict(), "ms_optim": own}
+        return checkpoint.written(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` wrote; all of it is checked before any of it is taken.
@@ -427,38 +415,18 @@ class SharpnessAware(Optimizer):
         representative than the one that was saved, the next step begins with a refresh. The random stream is not taken
         from another kind of device.
 
+        What the widespread two-step SAM (``davda54/sam``) wrote is taken, too: its groups; it holds no state of the
+        base optimizer, which starts anew, and that is said.
+
         Args:
             state_dict: The state.
 
         Raises:
             StateError: If it is another optimizer's or another model's.
         """
-        own = state_dict.get("ms_optim")
-        if own is None:
-            raise StateError(
-                f"the state_dict has no 'ms_optim' entry, so it was not written by {type(self).__name__}; to start "
-                "from a plain optimizer's state load it into optimizer.base"
-            )
-        if own["version"] != _STATE_VERSION or own["optimizer"] != type(self).__name__:
-            raise StateError(
-                f"the state_dict is version {own['version']} of {own['optimizer']}, not version {_STATE_VERSION} of "
-                f"{type(self).__name__}; build the optimizer that wrote it"
-            )
-        theirs, ours = own["parameters"], self._signature()
-        if theirs != ours:
-            raise StateError(f"the state_dict belongs to other parameters: {first_difference(theirs, ours)}")
-        restored, due = None, 0
-        if list(own["representative"]) == [self.rebalance, self.gauge]:
-            restored = None if own["balance"] is None else Balance.from_state(own["balance"])
-            due = min(int(own["due"]), self.refresh_every)
         if self._loop is not None:
             self._loop.drop()
-        stream = own["generator"].cpu()
-        self.base.load_state_dict({key: value for key, value in state_dict.items() if key != "ms_optim"})
-        self._share()
-        if stream.numel() == self.generator.get_state().numel():
-            self.generator.set_state(stream)
-        self.steps, self._due, self.balance = int(own["steps"]), due, restored
+        checkpoint.read(self, state_dict)
         self._ready = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -505,7 +473,7 @@ class SharpnessAware(Optimizer):
             known = {id(p): name for name, p in self.model.named_parameters()}
             self._names = [known.get(id(p), "") for p in self.parameters()]
 
-    def _signature(self) -> list[list[list[str]]]:
+    def signature(self) -> list[list[list[str]]]:
         """Per group, the name and shape of each parameter."""
         names = iter(self._names)
         return [[[next(names), str(tuple(p.shape))] for p in entry["params"]] for entry in self.param_groups]

@@ -101,24 +101,3 @@ def require_range(
         raise ValueError(f"columns must be >= 0 or None, got {columns}; None is exact")
     if not 0.0 <= gauge <= 1.0:
         raise ValueError(f"gauge must lie in [0, 1], got {gauge}; 0 balances traces, 1 norms")
-
-
-def first_difference(theirs: list[list[list[str]]], ours: list[list[list[str]]]) -> str:
-    """Where the parameters of two optimizers differ first, in words.
-
-    Args:
-        theirs: Per group, name and shape of each parameter.
-        ours: The same.
-
-    Returns:
-        The difference.
-    """
-    if len(theirs) != len(ours):
-        return f"it has {len(theirs)} parameter groups, the optimizer has {len(ours)}"
-    for g, (a, b) in enumerate(zip(theirs, ours, strict=True)):
-        if len(a) != len(b):
-            return f"group {g} has {len(a)} parameters there and {len(b)} here"
-        for x, y in zip(a, b, strict=True):
-            if x != y:
-                return f"group {g} has {x[0]} {x[1]} there where the optimizer has {y[0]} {y[1]}"
-    return "no difference"
