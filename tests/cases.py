@@ -74,6 +74,20 @@ CASES = [
     Case("MSReg[trace,None]", ms_optim.MSRegularizedSGD, 1, {"strength": 0.0}, {"strength": 0.01, "rebalance": None}),
     Case("MSReg[noise,move]", ms_optim.MSRegularizedSGD, 1, {"strength": 0.0}, {"strength": 1e-4, "gradient": "noise"}),
     Case(
+        "MSReg[antithetic noise,move]",
+        ms_optim.MSRegularizedSGD,
+        2,
+        {"strength": 0.0},
+        {"strength": 1e-4, "gradient": "antithetic"},
+    ),
+    Case(
+        "MSReg[antithetic noise,None]",
+        ms_optim.MSRegularizedSGD,
+        2,
+        {"strength": 0.0},
+        {"strength": 1e-4, "gradient": "antithetic", "rebalance": None},
+    ),
+    Case(
         "MSReg[noise,metric]",
         ms_optim.MSRegularizedSGD,
         1,

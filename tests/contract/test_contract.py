@@ -351,7 +351,7 @@ def test_step_hooks_fire(case: Case):
     assert fired == ["pre", "post"]
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.passes > 1], ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case.passes == 2 and "noise" not in case.name], ids=str)
 def test_a_gradient_that_is_not_finite_perturbs_nothing_and_is_said(case: Case):
     model = mlp()
     optimizer = case.build(model, lr=0.0, momentum=0.0, refresh_every=1000)

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from cases import CASES, Case, convnet, mlp, same, samples, train
+from cases import CASES, Case, convnet, known_group, mlp, same, samples, train
 from torch import nn
 
 import ms_optim
@@ -190,3 +190,53 @@ def test_noise_has_the_variance_it_says():
         variance, count = float(values.square().mean()), values.numel()
         expected = 2 * 0.02 * balance.weights[name]
         assert abs(variance / expected - 1) < 5 * math.sqrt(2 / count)
+
+
+@pytest.mark.parametrize("rebalance", [None, "metric"])
+def test_the_antithetic_gradient_is_the_mean_at_both_points(rebalance):
+    torch.manual_seed(0)
+    model = mlp()
+    batches = samples(model, 3)
+    optimizer = ms_optim.MSRegularizedSGD(
+        model, lr=0.1, momentum=0.0, strength=0.01, gradient="antithetic", rebalance=rebalance, group=known_group(model)
+    )
+    if rebalance:
+        optimizer.refresh(batches[0][0])
+    for x, y in batches:
+        stream = torch.Generator()
+        stream.set_state(optimizer.generator.get_state())
+        twin, weights = copy.deepcopy(model), optimizer.scales("weights")
+        deviations = [(2 * 0.01 * w) ** 0.5 for w in weights]
+        z = [torch.randn(p.shape, generator=stream) * d for p, d in zip(model.parameters(), deviations, strict=True)]
+        found = []
+        for sign in (1.0, -1.0):
+            with torch.no_grad():
+                for p, q, e in zip(twin.parameters(), model.parameters(), z, strict=True):
+                    p.copy_(q + sign * e)
+            loss = torch.nn.functional.cross_entropy(twin(x), y)
+            found.append(torch.autograd.grad(loss, list(twin.parameters())))
+        expected = [p - 0.1 * (a + b) / 2 for p, a, b in zip(model.parameters(), *found, strict=True)]
+        list(train(model, optimizer, [(x, y)]))
+        for p, e in zip(model.parameters(), expected, strict=True):
+            torch.testing.assert_close(p, e, rtol=1e-12, atol=1e-14)
+
+
+def test_of_an_affine_gradient_antithetic_noise_leaves_nothing():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(5, 3)
+    plain = copy.deepcopy(model)
+    optimizer = ms_optim.MSRegularizedSGD(
+        model, lr=0.1, momentum=0.9, strength=0.5, gradient="antithetic", rebalance=None
+    )
+    base = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(5):
+        x, y = torch.randn(8, 5), torch.randn(8, 3)
+        for gradient_pass in optimizer.passes():
+            with gradient_pass:
+                torch.nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+        base.zero_grad()
+        torch.nn.functional.mse_loss(plain(x), y).backward()
+        base.step()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-13)
