@@ -71,6 +71,8 @@ class SharpnessAware(Optimizer):
         gauge: κ ∈ [0, 1], which representative: 0 trace, ½ trace × norm², 1 norm.
         group: The scale group; discovered on the first batch if ``None``.
         seed: Of the generator for signs and noise.
+        every: k: our own part is taken in every k-th step, beginning with the first; the others are the base
+            optimizer's, at its cost.
         **options: The base optimizer's keyword arguments, such as ``lr``.
 
     Raises:
@@ -93,6 +95,7 @@ class SharpnessAware(Optimizer):
         gauge: float = 0.0,
         group: ScaleGroup | None = None,
         seed: int = 0,
+        every: int = 1,  # k
         **options: Any,
     ) -> None:
         if isinstance(model_or_params, nn.Module):
@@ -107,7 +110,7 @@ class SharpnessAware(Optimizer):
                 f"base is an instance of {type(base).__name__}; pass the class, torch.optim.{type(base).__name__}, and "
                 "its arguments (lr=...) beside it"
             )
-        require_range(settings, rebalance, refresh_every, columns, gauge)
+        require_range(settings, rebalance, refresh_every, columns, gauge, every)
         if rebalance is not None and model is None:
             raise OptimizerError(
                 f"rebalance={rebalance!r} needs the network's graph; pass the model as the first argument, or model= "
@@ -115,6 +118,7 @@ class SharpnessAware(Optimizer):
             )
         self.model = model
         self.rebalance, self.refresh_every, self.columns, self.gauge = rebalance, refresh_every, columns, gauge
+        self.every = every
         self.group = group
         self.balance: Balance | None = None
         self.steps = 0
@@ -156,6 +160,11 @@ class SharpnessAware(Optimizer):
     def refresh_due(self) -> bool:
         """Whether the next forward pass of a step begins with a refresh."""
         return self.rebalance is not None and self._due <= 0
+
+    @property
+    def active(self) -> bool:
+        """Whether the next step has a part of our own, and is not one of the base optimizer alone."""
+        return self.steps % self.every == 0
 
     def parameters(self) -> list[Tensor]:
         """All parameters, in the order of the groups."""
@@ -257,7 +266,7 @@ class SharpnessAware(Optimizer):
         self._ready = self._stepped_by_scaler = False
         self.batches = []
         before = Snapshot(self)
-        plan, first = self.plan(), True
+        plan, first = self.plan() if self.active else _plain(), True
         while True:
             try:
                 perturbation = next(plan)
@@ -451,7 +460,7 @@ class SharpnessAware(Optimizer):
         self._stepped_by_scaler = True
         if self._loop is not None:
             self._loop.interrupt()  # the scaler may skip the step that would do so
-        if self.scaler is None and self.adds_to_gradient:
+        if self.scaler is None and self.active and self.adds_to_gradient:
             raise OptimizerError(
                 f"{type(self).__name__} adds to a gradient that GradScaler is about to divide by the loss scale, and "
                 "did not know the scale; name the scaler: optimizer.passes(scaler=scaler)"
@@ -546,3 +555,8 @@ class SharpnessAware(Optimizer):
             finally:
                 self._measuring = False
             self._pass.perturb()
+
+
+def _plain() -> Plan:
+    """The plan of a step of the base optimizer."""
+    yield None

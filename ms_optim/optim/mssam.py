@@ -33,7 +33,7 @@ class MSSAM(SharpnessAware):
         rho: ρ ≥ 0, the radius at the representative; 0 is the base optimizer (there), in one pass.
         rebalance: ``"move"``, ``"metric"``, or ``None`` for plain SAM.
         ascent: ``"gradient"``, or ``"momentum"``: one pass, against the base optimizer's momentum.
-        **options: ``model``, ``refresh_every``, ``columns``, ``gauge``, ``group``, ``seed`` (see
+        **options: ``model``, ``refresh_every``, ``columns``, ``gauge``, ``group``, ``seed``, ``every`` (see
             :class:`SharpnessAware`), and the base optimizer's own arguments, such as ``lr``.
 
     Raises:

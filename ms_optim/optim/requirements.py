@@ -77,7 +77,12 @@ def require_nonnegative(key: str, value: float) -> None:
 
 
 def require_range(
-    settings: dict[str, float], rebalance: Rebalance, refresh_every: int, columns: int | None, gauge: float
+    settings: dict[str, float],
+    rebalance: Rebalance,
+    refresh_every: int,
+    columns: int | None,
+    gauge: float,
+    every: int = 1,
 ) -> None:
     """Refuse numbers out of their range, before anything is built.
 
@@ -87,6 +92,7 @@ def require_range(
         refresh_every: ≥ 1.
         columns: ≥ 0 or ``None``.
         gauge: In [0, 1].
+        every: ≥ 1.
 
     Raises:
         ValueError: If one is out of range.
@@ -97,6 +103,8 @@ def require_range(
         raise ValueError(f"rebalance must be 'move', 'metric' or None, got {rebalance!r}")
     if refresh_every < 1:
         raise ValueError(f"refresh_every must be >= 1 step, got {refresh_every}; rebalance=None switches refreshes off")
+    if every < 1:
+        raise ValueError(f"every must be >= 1 step, got {every}; rho=0 or strength=0 switches our part off")
     if columns is not None and columns < 0:
         raise ValueError(f"columns must be >= 0 or None, got {columns}; None is exact")
     if not 0.0 <= gauge <= 1.0:

@@ -502,3 +502,31 @@ def test_a_schedule_that_makes_a_setting_negative_is_refused(case: Case):
     optimizer.param_groups[0][next(iter(case.off))] = -1e-3
     with pytest.raises(ValueError, match="must be >= 0 and finite, got -0.001"):
         next(train(model, optimizer, samples(model, 1)))
+
+
+@every_case
+def test_every_kth_step_is_ours_and_the_others_are_the_base_optimizers(case: Case):
+    torch.manual_seed(0)
+    model = mlp()
+    optimizer = case.build(model, every=3, refresh_every=1000)
+    base = torch.optim.SGD
+    counts, batches = [], samples(model, 7)
+    for x, y in batches:
+        twin = copy.deepcopy(model)
+        plain = base(twin.parameters(), lr=optimizer.param_groups[0]["lr"])
+        plain.load_state_dict(copy.deepcopy(optimizer.base.state_dict()))
+        cross_entropy(twin(x), y).backward()
+        plain.step()
+        counts.append(0)
+        for gradient_pass in optimizer.passes():
+            with gradient_pass:
+                cross_entropy(model(x), y).backward()
+            counts[-1] += 1
+        optimizer.step()
+        if len(counts) % 3 != 1:
+            assert same(list(twin.parameters()), list(model.parameters()))
+        elif len(counts) > 1:  # (the first momentum is none)
+            assert not same(list(twin.parameters()), list(model.parameters()))
+    assert counts == [case.passes, 1, 1] * 2 + [case.passes]
+    with pytest.raises(ValueError, match="every must be >= 1"):
+        case.build(model, every=0)
