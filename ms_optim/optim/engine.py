@@ -530,6 +530,11 @@ class SharpnessAware(Optimizer):
         return self._measuring
 
     @property
+    def ready(self) -> bool:
+        """Whether all passes of a step are done, and its descent is not."""
+        return self._ready
+
+    @property
     def inside_a_pass(self) -> bool:
         """Whether a gradient pass is open."""
         return self._pass is not None

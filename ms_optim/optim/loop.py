@@ -49,8 +49,8 @@ class Loop:
         optimizer = self._of(module)
         if optimizer is None or optimizer.busy or torch.compiler.is_compiling():
             return
-        if optimizer.inside_a_pass and self._open is None:
-            return  # explicit passes, or a closure
+        if self._open is None and (optimizer.inside_a_pass or optimizer.ready):
+            return  # explicit passes, or a closure; or those are done and only the descent is to come
         if not (module.training and torch.is_grad_enabled()):
             self.interrupt()
             return

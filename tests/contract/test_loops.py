@@ -160,6 +160,19 @@ def test_a_failing_refresh_puts_everything_back(case: Case, monkeypatch):
     loop(model, optimizer, batches)
 
 
+@one_pass
+def test_a_training_forward_between_explicit_passes_and_the_step_is_none_of_the_loops(case: Case):
+    def looking(model, optimizer, batches):
+        for x, y in batches:
+            for gradient_pass in optimizer.passes():
+                with gradient_pass:
+                    cross_entropy(model(x), y).backward()
+            model(x)
+            optimizer.step()
+
+    assert same(after(looking, case, mlp), after(explicit, case, mlp))
+
+
 def test_two_passes_cannot_be_taken_from_one():
     model = mlp()
     with pytest.raises(OptimizerError, match="no gradient passes"):
