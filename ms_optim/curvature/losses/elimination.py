@@ -66,7 +66,8 @@ class Elimination:
         behind = torch.linalg.vector_norm(root, dim=-1, keepdim=True).square_()
         # From the far end, so that small tails keep their digits, and wide, so that many terms lose none.
         q = (first.flip(-1).cumsum(-1, dtype=torch.float64).flip(-1) + behind).to(p.dtype)
-        diagonal = first[:, :-1].sqrt().mul_((q[:, 1:] / q[:, :-1]).sqrt_())
+        # (At least half of the smaller of p_k and q_{k+1}: nothing underflows.)
+        diagonal = (q[:, 1:] / q[:, :-1]).mul_(first[:, :-1]).sqrt_()
         return cls(p, root, order, first, q[:, -1:], diagonal, diagonal / q[:, 1:])
 
     def leading(self, start: int, stop: int) -> Tensor:

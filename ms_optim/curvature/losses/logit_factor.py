@@ -129,7 +129,8 @@ def exact_columns(logits: Tensor, start: int = 0, stop: int | None = None) -> Te
         p = probabilities(logits)
         # From the far end, so that small tails keep their digits, and wide, so that a thousand terms lose none.
         q = p.flip(-1).cumsum(-1, dtype=torch.float64).flip(-1)[:, start : last + 1].to(p.dtype)
-        diagonal = p[:, start:last].sqrt().mul_((q[:, 1:] / q[:, :-1]).sqrt_())
+        # (At least half of the smaller of p_k and q_{k+1}: nothing underflows.)
+        diagonal = (q[:, 1:] / q[:, :-1]).mul_(p[:, start:last]).sqrt_()
         columns = (-diagonal / q[:, 1:])[:, :, None] * p[:, None]  # N k j
         columns.triu_(start + 1).diagonal(start, 1, 2).copy_(diagonal)
         return columns.transpose(0, 1)
