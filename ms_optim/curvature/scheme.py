@@ -105,17 +105,9 @@ class Scheme:
     def _exact(self, reading: Reading, start: int, stop: int, group: int | None) -> Estimate:
         """Some columns, and nothing left out."""
         whole = start == 0 and stop == self.request.loss.rank(reading.classes)
-        columns = self._exact_columns if whole else self._leading_columns
-        sums = reading.reduced(reading.sums(columns(reading.logits), start, stop, group))
+        make = self.request.loss.exact if whole else self.request.loss.leading
+        sums = reading.reduced(reading.sums(_in_pieces(make, reading.logits), start, stop, group))
         return Estimate(sums, None, stop - start)
-
-    def _exact_columns(self, logits: Tensor) -> Columns:
-        """Columns of S in the order of the classes."""
-        return _in_pieces(self.request.loss.exact, logits)
-
-    def _leading_columns(self, logits: Tensor) -> Columns:
-        """Columns of S in the descending order of each sample."""
-        return _in_pieces(self.request.loss.leading, logits)
 
     def _sampled(self, reading: Reading, leading: Tensor, signed: Tensor, group: int | None) -> Estimate:
         """r columns, and the mean of m signed ones."""
@@ -153,7 +145,7 @@ class Scheme:
         columns = self._begin
         while columns < rank - 1:
             if columns > done:
-                new = reading.sums(self._leading_columns(logits), done, columns, group)
+                new = reading.sums(_in_pieces(loss.leading, logits), done, columns, group)
                 base = new if base is None else _added(base, new)
             sent, done = sent + columns - done + probes, columns
             if self._precise(*scatter(columns)):

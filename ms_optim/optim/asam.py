@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from ..errors import OptimizerError
 from .engine import Plan, SharpnessAware
-from .sam import Ascent, require_ascent, sam_plan
+from .sam import Ascent, sam_plan, taken_ascent
 
 Operator = Literal["official", "elementwise"]
 
@@ -96,10 +96,7 @@ class ASAM(SharpnessAware):
                 "operator='official' treats weights and biases differently and needs their names; pass the model, or "
                 "operator='elementwise'"
             )
-        require_ascent(self, ascent)
-        self.operator, self.eta, self.ascent = operator, eta, ascent
-        if ascent == "momentum":
-            self.attach()
+        self.operator, self.eta, self.ascent = operator, eta, taken_ascent(self, ascent)
 
     def plan(self) -> Plan:
         """See the base class."""

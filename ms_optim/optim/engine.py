@@ -26,6 +26,7 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -134,7 +135,7 @@ class SharpnessAware(Optimizer):
         self.batches: list[Batch] = []
         self.scaler: torch.amp.GradScaler | None = None  # that of the present step, if it was named
         self._stepped_by_scaler = False
-        self._loop: Loop | None = None
+        self._loop = Loop()  # which does nothing, until attach()
         self._constructed = False
         super().__init__(params, dict(settings))
         self.base = base(self.param_groups, **options)
@@ -249,8 +250,7 @@ class SharpnessAware(Optimizer):
         Raises:
             OptimizerError: If the previous pass was not left, or the model was not called where a refresh was due.
         """
-        if self._loop is not None:
-            self._loop.drop()
+        self._loop.drop()
         if self._pass is not None:
             raise OptimizerError("passes() was called inside a gradient pass; leave the pass first")
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
@@ -297,7 +297,7 @@ class SharpnessAware(Optimizer):
             OptimizerError: If there is neither a closure nor finished passes, nor a pass begun by a training forward.
         """
         loss = None
-        if closure is None and self._loop is not None and self._loop.begun:
+        if closure is None and self._loop.begun:
             self._loop.finish()
         if closure is not None and self._stepped_by_scaler:
             self._stepped_by_scaler = False
@@ -433,24 +433,22 @@ class SharpnessAware(Optimizer):
         Raises:
             StateError: If it is another optimizer's or another model's.
         """
-        if self._loop is not None:
-            self._loop.drop()
+        self._loop.drop()
         checkpoint.read(self, state_dict)
         self._ready = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but what torch leaves out, too: hooks, and the ``step`` that a scheduler has wrapped."""
-        if self._loop is not None:
-            self._loop.interrupt()
+        self._loop.interrupt()
         if self._pass is not None:
             raise OptimizerError("an optimizer was copied inside a gradient pass; leave the pass first")
         kept = {k: v for k, v in vars(self).items() if k != "step" and not k.startswith("_optimizer_")}
-        return {**kept, "_backup": [], "scaler": None, "_loop": self._loop is not None}
+        return {**kept, "_backup": [], "scaler": None, "_loop": self._loop.attached}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy hooks the model that was copied with it."""
         super().__setstate__(state)
-        hooked, self._loop = self._loop, None
+        hooked, self._loop = state["_loop"], Loop()
         if hooked:
             self.attach()
 
@@ -458,8 +456,7 @@ class SharpnessAware(Optimizer):
     def _step_supports_amp_scaling(self) -> bool:
         """What GradScaler asks for before it unscales and calls :meth:`step`: the only moment at which we see it."""
         self._stepped_by_scaler = True
-        if self._loop is not None:
-            self._loop.interrupt()  # the scaler may skip the step that would do so
+        self._loop.interrupt()  # the scaler may skip the step that would do so
         if self.scaler is None and self.active and self.adds_to_gradient:
             raise OptimizerError(
                 f"{type(self).__name__} adds to a gradient that GradScaler is about to divide by the loss scale, and "
@@ -524,6 +521,15 @@ class SharpnessAware(Optimizer):
                 )
         return self._subgroups[fixed]
 
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """The model's forward passes inside are our own, and none of the loop's."""
+        self._measuring = True
+        try:
+            yield
+        finally:
+            self._measuring = False
+
     @property
     def busy(self) -> bool:
         """Whether the model is being measured by the optimizer itself."""
@@ -553,12 +559,9 @@ class SharpnessAware(Optimizer):
         if self.keeps_batches:
             self.batches.append(batch)
         if self.refresh_due and may_refresh:
-            self._measuring = True
-            try:
+            with self.measuring():
                 self._pass.before.keep_weights()
                 self.refresh(batch)
-            finally:
-                self._measuring = False
             self._pass.perturb()
 
 

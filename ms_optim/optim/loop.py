@@ -73,6 +73,11 @@ class Loop:
             self.interrupt()
 
     @property
+    def attached(self) -> bool:
+        """Whether there is an optimizer whose passes it takes."""
+        return self._optimizer is not None
+
+    @property
     def begun(self) -> bool:
         """Whether a step has something to finish."""
         return self._passes is not None

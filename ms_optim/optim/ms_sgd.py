@@ -151,12 +151,8 @@ class MSRegularizedSGD(SharpnessAware):
         if self.scaler is not None:
             scale = self.scaler.get_scale()
             strength = [scale * s for s in strength]
-        self._measuring = True
-        try:
-            with torch.autocast(self.parameters()[0].device.type, enabled=False):
-                self._add_penalty(strength)
-        finally:
-            self._measuring = False
+        with self.measuring(), torch.autocast(self.parameters()[0].device.type, enabled=False):
+            self._add_penalty(strength)
 
     def _add_penalty(self, strength: list[float]) -> None:
         """The same, for a strength that is scaled as the gradient is."""

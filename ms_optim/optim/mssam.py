@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from .engine import Plan, SharpnessAware
 from .requirements import Rebalance
-from .sam import Ascent, require_ascent, sam_plan
+from .sam import Ascent, sam_plan, taken_ascent
 
 
 class MSSAM(SharpnessAware):
@@ -53,10 +53,7 @@ class MSSAM(SharpnessAware):
         **options: Any,
     ) -> None:
         super().__init__(model_or_params, base, {"rho": rho}, rebalance=rebalance, **options)
-        require_ascent(self, ascent)
-        self.ascent = ascent
-        if ascent == "momentum":
-            self.attach()
+        self.ascent = taken_ascent(self, ascent)
 
     def plan(self) -> Plan:
         """See the base class."""

@@ -79,12 +79,15 @@ def ascent(
     return Scaled(directions, factors)
 
 
-def require_ascent(optimizer: SharpnessAware, ascent: Ascent) -> None:
-    """Refuse a direction that the base optimizer does not have.
+def taken_ascent(optimizer: SharpnessAware, ascent: Ascent) -> Ascent:
+    """The direction of a new optimizer, which takes the passes of unmodified loops if that needs one pass only.
 
     Args:
         optimizer: The optimizer.
         ascent: The direction.
+
+    Returns:
+        The same.
 
     Raises:
         ValueError: If it is another word, or the momentum of a base optimizer without one.
@@ -97,6 +100,9 @@ def require_ascent(optimizer: SharpnessAware, ascent: Ascent) -> None:
             f"ascent='momentum' needs a running average of gradients, and {type(optimizer.base).__name__} was built "
             "without momentum; pass momentum=0.9, say, or ascent='gradient'"
         )
+    if ascent == "momentum":
+        optimizer.attach()
+    return ascent
 
 
 def sam_plan(optimizer: SharpnessAware, metric: Callable[[], Metric], ascent_along: Ascent) -> Plan:
@@ -116,7 +122,6 @@ def sam_plan(optimizer: SharpnessAware, metric: Callable[[], Metric], ascent_alo
         yield lambda: ascent(optimizer.momentum(), metric(), [-r for r in rho])
         return
     yield None
-    rho = optimizer.setting("rho")
     if any(rho):
         found = [ascent(optimizer.gradients(), metric(), rho, quiet=optimizer.scaler is not None)]
         if found[0] is not None:
@@ -150,10 +155,7 @@ class SAM(SharpnessAware):
         **options: Any,
     ) -> None:
         super().__init__(model_or_params, base, {"rho": rho}, **options)
-        require_ascent(self, ascent)
-        self.ascent = ascent
-        if ascent == "momentum":
-            self.attach()
+        self.ascent = taken_ascent(self, ascent)
 
     def plan(self) -> Plan:
         """See the base class."""

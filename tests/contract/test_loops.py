@@ -108,7 +108,7 @@ def test_copies_of_the_model_and_of_the_optimizer_go_their_own_ways(case: Case):
     before = everything(model, optimizer)
     average.train()(batches[0][0]).sum().backward()  # a training forward of the copy
     assert same(before, everything(model, optimizer))
-    twin, its_model = (lambda pair: (pair[0], pair[1]))(copy.deepcopy((optimizer, model)))
+    twin, its_model = copy.deepcopy((optimizer, model))
     loop(its_model, twin, batches[2:])
     assert same(before, everything(model, optimizer))
     loop(model, optimizer, batches[2:])

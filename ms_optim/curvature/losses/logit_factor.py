@@ -30,9 +30,9 @@ complement R^{(r)} = diag(p_{≥r}) − p_{≥r} p_{≥r}ᵀ / q_r, positive sem
 
 the second form being free of cancellation: in descending order the subtrahend is at most half of q_{r+1}.
 
-The probe and the columns in the order of the classes come from log p, where √p has a finite slope; the detached ones in
-descending order from p, which is faster.  In both a tail of 10⁻³⁰ keeps its digits: q_k is summed from the far end, and
-no product leaves the range of the type.
+The probe, which is differentiated, comes from log p, where √p has a finite slope; the detached columns from p, which
+is faster.  In both a tail of 10⁻³⁰ keeps its digits: q_k is summed from the far end, and no product leaves the range of
+the type.
 
 Source: arXiv 2106.12612, Prop. 1, for P; the factors are derived above.
 """

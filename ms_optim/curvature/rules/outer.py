@@ -227,7 +227,7 @@ class _OuterDirect(Accumulator):
         measured.
         """
         rule = self.rule
-        groups, outputs, inputs, positions = rule.sizes
+        groups, outputs, inputs, _ = rule.sizes
         chosen = groups * outputs * lift.windows * inputs
         if not rule.plane or rule.source.is_cuda or inputs < 16 or 4 * chosen > contraction._CHUNK_BYTES:
             return False
@@ -292,7 +292,6 @@ class _OuterDirect(Accumulator):
                 found.append(total)
         if not self.entries:
             self.squares.add(torch.cat(found) if len(found) > 1 else found[0])
-
 
     def _contract_pooled(self) -> None:
         """Add Σ g² of the columns by their brackets: each output channel meets U at the winners of its windows."""
