@@ -65,12 +65,13 @@ class ASAM(SharpnessAware):
         rho: ρ ≥ 0, the radius; 0 is the base optimizer, in one pass.
         operator: ``"official"`` or ``"elementwise"``; say which in a comparison.
         eta: η ≥ 0 of the official operator.
-        ascent: ``"gradient"``, or ``"momentum"``: one pass, against the base optimizer's momentum.
+        ascent: ``"gradient"``; or, in one pass, ``"momentum"``: against the base optimizer's momentum, or
+            ``"previous"``: along the gradient of the step before.
         **options: ``model``, ``rebalance`` and what goes with it (see :class:`SharpnessAware`; by default none), and
             the base optimizer's own arguments, such as ``lr``.
 
     Raises:
-        OptimizerError: If the official operator has no model to read parameter names from.
+        OptimizerError: If a parameter is not the model's.
         ValueError: If a number or the operator is out of range.
 
     Source: arXiv 2102.11600, Algorithm 1.
@@ -91,11 +92,6 @@ class ASAM(SharpnessAware):
         if eta < 0:
             raise ValueError(f"eta must be >= 0, got {eta}")
         super().__init__(model_or_params, base, {"rho": rho}, **options)
-        if operator == "official" and self.model is None:
-            raise OptimizerError(
-                "operator='official' treats weights and biases differently and needs their names; pass the model, or "
-                "operator='elementwise'"
-            )
         self.operator, self.eta, self.ascent = operator, eta, taken_ascent(self, ascent)
 
     def plan(self) -> Plan:
@@ -103,7 +99,19 @@ class ASAM(SharpnessAware):
         return sam_plan(self, self.metric, self.ascent)
 
     def metric(self) -> list[Tensor]:
-        """M = w T_{αW}², per parameter."""
+        """M = w T_{αW}², per parameter.
+
+        Returns:
+            One tensor per parameter.
+
+        Raises:
+            OptimizerError: If the official operator has no model to read parameter names from.
+        """
+        if self.operator == "official" and self.model is None:
+            raise OptimizerError(
+                "operator='official' treats weights and biases differently and needs their names, and no module that "
+                "owns all the parameters was called in training; pass the model, or operator='elementwise'"
+            )
         triples = list(zip(self.names(), self.parameters(), self.scales("weights"), strict=True))
         with torch.no_grad():
             if self.operator == "elementwise":

@@ -27,15 +27,19 @@ def written(optimizer: SharpnessAware) -> dict[str, Any]:
     Returns:
         Plain containers, numbers and tensors only.
     """
+    representative = optimizer.representative
     own = {
         "version": _VERSION,
         "optimizer": type(optimizer).__name__,
         "parameters": optimizer.signature(),
         "steps": optimizer.steps,
-        "due": optimizer._due,
-        "representative": [optimizer.rebalance, optimizer.gauge],
+        "due": representative.due,
+        "representative": [representative.rebalance, representative.gauge],
         "generator": optimizer.generator.get_state(),
-        "balance": None if optimizer.balance is None else optimizer.balance.state(),
+        "seed": optimizer.seed,
+        "balance": None if representative.balance is None else representative.balance.state(),
+        "log_scale": dict(representative.log_scale),
+        "kept": list(optimizer.kept),
     }
     return {**optimizer.base.state_dict(), "ms_optim": own}
 
@@ -65,18 +69,28 @@ def read(optimizer: SharpnessAware, state_dict: dict[str, Any]) -> None:
             f"{type(optimizer).__name__}; build the optimizer that wrote it"
         )
     theirs, ours = own["parameters"], optimizer.signature()
+    if _bound(theirs) != _bound(ours):  # one of them has not seen its model yet, hence knows no names
+        theirs, ours = _nameless(theirs), _nameless(ours)
     if theirs != ours:
         raise StateError(f"the state_dict belongs to other parameters: {_first_difference(theirs, ours)}")
-    restored, due = None, 0
-    if list(own["representative"]) == [optimizer.rebalance, optimizer.gauge]:
+    representative = optimizer.representative
+    restored, due, log_scale = None, 0, {}
+    if list(own["representative"]) == [representative.rebalance, representative.gauge]:
         restored = None if own["balance"] is None else Balance.from_state(own["balance"])
-        due = min(int(own["due"]), optimizer.refresh_every)
+        due = min(int(own["due"]), representative.every)
+        log_scale = dict(own.get("log_scale", {}))
     stream = own["generator"].cpu()
     optimizer.base.load_state_dict({key: value for key, value in state_dict.items() if key != "ms_optim"})
     optimizer._share()
     if stream.numel() == optimizer.generator.get_state().numel():
         optimizer.generator.set_state(stream)
-    optimizer.steps, optimizer._due, optimizer.balance = int(own["steps"]), due, restored
+    optimizer.steps, optimizer.seed = int(own["steps"]), int(own.get("seed", optimizer.seed))
+    representative.due, representative.balance, representative.log_scale = due, restored, log_scale
+    like = optimizer.parameters()
+    optimizer.kept = [
+        None if grad is None else grad.detach().to(p.device, copy=True)
+        for grad, p in zip(own.get("kept", []), like, strict=False)
+    ]
 
 
 def _of_two_step_sam(state_dict: dict[str, Any]) -> bool:
@@ -99,7 +113,9 @@ def _read_two_step_sam(optimizer: SharpnessAware, state_dict: dict[str, Any]) ->
     for mine, entry in zip(ours, theirs, strict=True):
         mine.update({key: value for key, value in entry.items() if key in mine and key != "params"})
     optimizer.base.state.clear()
-    optimizer.steps, optimizer._due, optimizer.balance = 0, 0, None
+    representative = optimizer.representative
+    optimizer.steps, optimizer.kept = 0, []
+    representative.due, representative.balance, representative.log_scale = 0, None, {}
     lost = ", ".join(key for key in ("momentum", "betas") if ours[0].get(key))
     warnings.warn(
         "the state_dict was written by a two-step SAM (davda54/sam), which saves its groups and no state of its base "
@@ -109,6 +125,17 @@ def _read_two_step_sam(optimizer: SharpnessAware, state_dict: dict[str, Any]) ->
         LostStateWarning,
         stacklevel=4,
     )
+
+
+def _bound(signature: list[list[list[str]]]) -> bool:
+    """Whether parameters have the names that their model gives them."""
+    unbound = [[f"{g}.{i}" for i in range(len(group))] for g, group in enumerate(signature)]
+    return [[name for name, _ in group] for group in signature] != unbound
+
+
+def _nameless(signature: list[list[list[str]]]) -> list[list[list[str]]]:
+    """The same without names."""
+    return [[["parameter", shape] for _, shape in group] for group in signature]
 
 
 def _first_difference(theirs: list[list[list[str]]], ours: list[list[list[str]]]) -> str:

@@ -11,14 +11,16 @@ the weights change.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import OptimizerError
+from .distributed import local, reshard
 from .randomness import Streams
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ class Scaled:
     """ε_p = f_p d_p, unmultiplied: the products would be a temporary as large as the model.
 
     Attributes:
-        directions: d, entry by entry; ``None`` where a parameter is not perturbed.
+        directions: d, entry by entry, of this rank's part; ``None`` where a parameter is not perturbed.
         factors: f, one number per entry.
     """
 
@@ -39,6 +41,18 @@ class Scaled:
 
 
 Perturbation = Scaled | list[Tensor | None] | None
+Request = Perturbation | Callable[[], Perturbation]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The request for a pass whose gradient only shows the way to the next: it is not descended along.
+
+    Attributes:
+        perturbation: Where the gradient is taken.
+    """
+
+    perturbation: Request = None
 
 
 class Snapshot:
@@ -55,31 +69,81 @@ class Snapshot:
         self.optimizer = optimizer
         self.stream = optimizer.generator.get_state()
         self.streams = Streams.now(optimizer.parameters())
-        self.schedule = (optimizer._due, optimizer.balance)
+        representative = optimizer.representative
+        self.schedule = (representative.due, representative.balance, representative.log_scale)
+        self.moves = len(optimizer.moved)
         self.copies: list[tuple[Tensor, Tensor]] = []
         if optimizer.model is not None:
-            self._keep(list(optimizer.model.buffers()))
+            self.keep_buffers(optimizer.model)
 
     def keep_weights(self) -> None:
         """Keep the weights and the tensors of the base optimizer's state as well."""
         optimizer = self.optimizer
         weights: list[Tensor] = [] if optimizer.model is None else list(optimizer.model.parameters())
         states = optimizer.base.state.values()
-        self._keep(weights + [value for state in states for value in state.values() if isinstance(value, Tensor)])
+        kept = [tensor for tensor in optimizer.kept if tensor is not None]
+        grads = [p.grad for p in weights if p.grad is not None]
+        state = [value for state in states for value in state.values() if isinstance(value, Tensor)]
+        self._keep(weights + state + kept + grads)
 
     def restore(self) -> None:
         """Put everything back."""
+        optimizer = self.optimizer
         with torch.no_grad():
             for tensor, copy in self.copies:
                 tensor.copy_(copy)
         torch.clear_autocast_cache()
         self.streams.restore()
-        self.optimizer.generator.set_state(self.stream)
-        self.optimizer._due, self.optimizer.balance = self.schedule
+        optimizer.generator.set_state(self.stream)
+        representative = optimizer.representative
+        representative.due, representative.balance, representative.log_scale = self.schedule
+        for group, t in reversed(optimizer.moved[self.moves :]):
+            representative.announce(group, -t)
+        del optimizer.moved[self.moves :]
+
+    def keep_buffers(self, model: nn.Module) -> None:
+        """Keep the buffers of a model that was not known before."""
+        self._keep(list(model.buffers()))
 
     def _keep(self, tensors: list[Tensor]) -> None:
         """Add copies of the tensors."""
         self.copies += [(tensor, tensor.detach().clone()) for tensor in tensors]
+
+
+class Turn:
+    """One time through an optimizer's plan: of its passes, what they share.
+
+    Args:
+        before: The state before the step, to go back to after an exception.
+        samples: Which samples of the batch its passes are about.
+        weight: Their share of all.
+        refreshes: Whether its first pass may begin with a refresh.
+        zeroes: Whether gradients are the optimizer's to zero.
+
+    Attributes:
+        streams: Where the random streams stood as its first pass began.
+        buffers: What the last pass made of the buffers, where that is to be kept in the end.
+    """
+
+    def __init__(
+        self,
+        before: Snapshot,
+        samples: slice,
+        weight: float,
+        refreshes: bool,
+        zeroes: bool,
+    ) -> None:
+        self.before, self.samples, self.weight = before, samples, weight
+        self.refreshes, self.zeroes = refreshes, zeroes
+        self.streams: Streams | None = None
+        self.buffers: list[tuple[Tensor, Tensor]] = []
+
+    def finish(self) -> None:
+        """Leave the buffers as they are to be left."""
+        with torch.no_grad():
+            for buffer, value in self.buffers:
+                buffer.copy_(value)
+        self.buffers = []
 
 
 class GradientPass:
@@ -87,29 +151,35 @@ class GradientPass:
 
     Args:
         optimizer: Whose pass it is.
-        perturbation: Added to the parameters, entry by entry; ``None`` for none. A function is called for it at the
-            last moment: where a refresh is due, after that refresh.
-        before: The state before the step, to go back to after an exception.
-        first: Whether buffers keep what this pass does to them, and a refresh may run.
-        hooked: Whether the model's forward passes are seen already, and gradients are not ours to zero.
+        request: What is added to the parameters, entry by entry; ``None`` for nothing. A function is called for it at
+            the last moment: where a refresh is due, after that refresh.
+        turn: The time through the plan that it belongs to.
+        first: Whether it is the first of the turn.
+
+    Attributes:
+        descends: Whether its gradient is descended along; else it only shows the way to the next pass.
+        loss: The loss found in it, for the diagnostics of a step; set it inside, if you want them.
+        samples: Which samples of the batch to take: all, but with ``m`` a number.
     """
 
-    def __init__(
-        self,
-        optimizer: SharpnessAware,
-        perturbation: Perturbation | Callable[[], Perturbation],
-        before: Snapshot,
-        first: bool,
-        hooked: bool = False,
-    ) -> None:
-        self.optimizer, self.perturbation, self.before, self.first = optimizer, perturbation, before, first
-        self.hooked = hooked
+    def __init__(self, optimizer: SharpnessAware, request: Request | Probe, turn: Turn, first: bool) -> None:
+        self.optimizer, self.turn, self.first = optimizer, turn, first
+        self.descends = not isinstance(request, Probe)
+        self.perturbation: Request = request.perturbation if isinstance(request, Probe) else request
+        self.samples = turn.samples
+        self.loss: Any = None
         self.done = False
+        self.refreshes = first and turn.refreshes and optimizer.refresh_due
         self._weights: list[Tensor] = []
         self._saved: list[Tensor] = []
         self._buffers: list[tuple[Tensor, Tensor]] = []
         self._after: Streams | None = None  # where the first pass left the random streams
-        self._hook: torch.utils.hooks.RemovableHandle | None = None
+        self._open = ExitStack()
+
+    @property
+    def before(self) -> Snapshot:
+        """The state before the step."""
+        return self.turn.before
 
     def __enter__(self) -> GradientPass:
         """Zero the gradients, keep the buffers, perturb.
@@ -121,9 +191,9 @@ class GradientPass:
             OptimizerError: If it was entered before, or another pass is open.
         """
         optimizer = self.optimizer
-        if self.done or optimizer._pass is not None:
+        if self.done or optimizer.inside_a_pass:
             raise OptimizerError("a gradient pass is entered once, and one at a time; take the next from passes()")
-        optimizer._pass = self
+        optimizer.opened(self)
         try:
             self._begin()
         except BaseException as error:  # out of memory, say: an open pass and a hook must not outlive it
@@ -133,24 +203,29 @@ class GradientPass:
 
     def _begin(self) -> None:
         """Zero the gradients, keep the buffers, perturb."""
-        optimizer = self.optimizer
-        for p in () if self.hooked else optimizer.parameters():
-            p.grad = None
-        if self.first:
-            self.before.streams = Streams.now(optimizer.parameters())  # a loop may draw before it enters the pass
+        optimizer, turn = self.optimizer, self.turn
+        if turn.zeroes:
+            for p in optimizer.parameters():
+                p.grad = None
+        now = Streams.now(optimizer.parameters())
+        if turn.streams is None:
+            turn.streams = now  # a loop may draw before it enters the pass
+            if turn.refreshes:
+                turn.before.streams = now
         else:
-            self._after = Streams.now(optimizer.parameters())
-            self.before.streams.restore()
-        if optimizer.model is not None and self.first:
-            # Registered for this pass only: a hook that stayed would travel along when the model is copied or saved.
-            if not self.hooked:
-                self._hook = optimizer.model.register_forward_pre_hook(
-                    lambda module, args, kwargs: optimizer.before_forward(args, kwargs), prepend=True, with_kwargs=True
-                )
-        elif optimizer.model is not None:
-            self._buffers = [(buffer, buffer.detach().clone()) for buffer in optimizer.model.buffers()]
-        if not (callable(self.perturbation) and self.first and optimizer.refresh_due):
+            self._after = now
+            turn.streams.restore()
+        if optimizer.keeps_local(self):
+            self._open.enter_context(optimizer.ranks.unsynchronised())
+        if optimizer.model is not None:
+            self.keep_buffers(optimizer.model)
+        if not (callable(self.perturbation) and self.refreshes):
             self.perturb()
+
+    def keep_buffers(self, model: nn.Module) -> None:
+        """Keep the buffers, if they are not to keep what this pass does to them."""
+        if not self.first or self.optimizer.buffers == "last":
+            self._buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
 
     def perturb(self) -> None:
         """Add the perturbation, once, keeping what was there."""
@@ -160,19 +235,27 @@ class GradientPass:
             return
         if not isinstance(perturbation, Scaled):
             perturbation = Scaled(perturbation, [1.0] * len(perturbation))
-        parameters = self.optimizer.parameters()
-        pairs = zip(parameters, perturbation.directions, perturbation.factors, strict=True)
-        taken = [(p, d, f) for p, d, f in pairs if d is not None]
+        optimizer = self.optimizer
+        optimizer.observer.perturbed(perturbation)
+        pairs = zip(optimizer.parameters(), perturbation.directions, perturbation.factors, strict=True)
+        taken = [(local(p), d, f) for p, d, f in pairs if d is not None]
         if taken:
-            self._weights = [p for p, _, _ in taken]
-            self._saved = _saved_copies(self._weights, self.optimizer._backup)
+            weights = [p for p, _, _ in taken]
+            self._saved = _saved_copies(weights, optimizer.backup)
+            self._weights = weights  # last: from here on there is something to put back
             with torch.no_grad():
-                if len({f for _, _, f in taken}) == 1:
-                    torch._foreach_add_(self._weights, [d for _, d, _ in taken], alpha=taken[0][2])
+                if len({f for _, _, f in taken}) == 1 and not any(d.is_sparse for _, d, _ in taken):
+                    torch._foreach_add_(weights, [d for _, d, _ in taken], alpha=taken[0][2])
                 else:
                     for p, d, f in taken:
                         p.add_(d, alpha=f)
-            torch.clear_autocast_cache()
+            self._weights_changed()
+
+    def _weights_changed(self) -> None:
+        """Drop what was made of the weights as they were."""
+        torch.clear_autocast_cache()
+        if self.optimizer.sharded and self.optimizer.model is not None:
+            reshard(self.optimizer.model)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -188,21 +271,22 @@ class GradientPass:
             OptimizerError: If a refresh was due and the model was never called.
         """
         optimizer = self.optimizer
-        optimizer._pass = None
+        optimizer.closed(self)
         self.done = True
-        if self._hook is not None:
-            self._hook.remove()
+        self._open.close()
         with torch.no_grad():
             if self._weights:
                 torch._foreach_copy_(self._weights, self._saved)
-                torch.clear_autocast_cache()
+                self._weights_changed()
+            if optimizer.buffers == "last":
+                self.turn.buffers = [(buffer, buffer.detach().clone()) for buffer, _ in self._buffers]
             for buffer, kept in self._buffers:
                 buffer.copy_(kept)
         if self._after is not None:
             self._after.restore()
         if kind is not None:
             self.before.restore()
-        elif self.first and optimizer.refresh_due:
+        elif self.refreshes and optimizer.refresh_due:
             self.before.restore()
             raise OptimizerError(
                 f"{type(optimizer.model).__name__} was not called inside the gradient pass, so a refresh that is due "
@@ -221,3 +305,4 @@ def _saved_copies(weights: list[Tensor], backup: list[Tensor]) -> list[Tensor]:
             backup[:] = [torch.empty_like(w) for w in weights]
         torch._foreach_copy_(backup, weights)
     return backup
+

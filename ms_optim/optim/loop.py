@@ -1,12 +1,13 @@
-r"""Loop: the gradient pass of an unmodified training loop, ``loss.backward(); optimizer.step()``.
+r"""Loop: what an optimizer sees of its model's forward passes, and the passes of an unmodified training loop.
 
-An optimizer that needs one pass can take it around whatever forward and backward passes a loop makes between two steps:
-it begins in a pre-hook of the first training forward, where the weights are perturbed, and ends in ``step()``, before
-the descent.  In between nothing else may see perturbed weights, so it is interrupted by a forward pass in evaluation
-mode or without gradients, and by ``state_dict()``; the gradient is there by then, and the step goes on from it.
+Inside an explicit pass the model's first forward brings the batch for a refresh.  Outside of one there is only
+``loss.backward(); optimizer.step()``, around which an optimizer that needs one pass can take it: it begins in a
+pre-hook of the first training forward, where the weights are perturbed, and ends in ``step()``, before the descent.  In
+between nothing else may see perturbed weights, so it is interrupted by a forward pass in evaluation mode or without
+gradients, and by ``state_dict()``; the gradient is there by then, and the step goes on from it.
 
-The hook holds the optimizer by a weak reference and answers only for the optimizer's own model: copies of the model, as
-for an average of the weights, carry a hook that does nothing.
+The hooks hold the optimizer by a weak reference and answer only for the optimizer's own model: copies of the model, as
+for an average of the weights, carry hooks that do nothing.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch._compile import _disable_dynamo
 
 from ..errors import OptimizerError
 
@@ -25,35 +27,62 @@ if TYPE_CHECKING:
     from .gradient_pass import GradientPass
 
 
+def exporting() -> bool:
+    """Whether a graph is being recorded: it is to be the model's own, whatever is hooked to it."""
+    flag = getattr(torch.compiler, "_is_exporting_flag", None)  # since torch 2.7
+    return bool(getattr(torch.compiler, "_is_compiling_flag", False) if flag is None else flag)
+
+
 class Loop:
     """The pass that is under way in an ordinary loop, if one is.
 
     Args:
-        optimizer: Whose passes it takes; ``None`` for a hook that does nothing.
+        optimizer: Whose passes it takes; ``None`` for hooks that do nothing.
+        module: The module whose forward passes it sees.
+        takes: Whether it takes the passes of a loop, or only shows batches to explicit passes.
     """
 
-    def __init__(self, optimizer: SharpnessAware | None = None) -> None:
+    def __init__(
+        self, optimizer: SharpnessAware | None = None, module: nn.Module | None = None, takes: bool = False
+    ) -> None:
         self._optimizer = None if optimizer is None else weakref.ref(optimizer)
+        self._module = None if module is None else weakref.ref(module)
+        self.takes = takes
         self._passes: Iterator[GradientPass] | None = None
         self._open: GradientPass | None = None
-        if optimizer is not None and optimizer.model is not None:
-            optimizer.model.register_forward_pre_hook(self.before_forward, prepend=True, with_kwargs=True)
-            optimizer.model.register_state_dict_pre_hook(self.before_state_dict)
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        if module is not None:
+            self._handles = [
+                module.register_forward_pre_hook(self.before_forward, prepend=True, with_kwargs=True),
+                module.register_state_dict_pre_hook(self.before_state_dict),
+            ]
 
     def __reduce__(self) -> tuple[type[Loop], tuple[()]]:
-        """Of a copied or saved model, a hook that does nothing."""
+        """Of a copied or saved model, hooks that do nothing."""
         return Loop, ()
 
     def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Look at a forward pass, outside of whatever compiles or exports it."""
+        if not exporting():
+            self._before_forward(module, args, kwargs)
+
+    @_disable_dynamo
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin a pass, or keep the batch of one that has begun, or get out of the way."""
-        optimizer = self._of(module)
-        if optimizer is None or optimizer.busy or torch.compiler.is_compiling():
+        optimizer = self.of(module)
+        if optimizer is None or optimizer.busy:
             return
-        if self._open is None and (optimizer.inside_a_pass or optimizer.ready):
-            return  # explicit passes, or a closure; or those are done and only the descent is to come
+        if optimizer.inside_an_explicit_pass:
+            optimizer.before_forward(args, kwargs)
+            return
         if not (module.training and torch.is_grad_enabled()):
-            self.interrupt()
+            optimizer.interrupt()
             return
+        if not self.takes:
+            optimizer.before_forward(args, kwargs)  # of a loop around the module that returns the loss
+            return
+        if self._open is None and optimizer.ready:
+            return  # explicit passes are done, and only the descent is to come
         first = self._open is None
         if first:
             self._passes = optimizer.loop_passes()
@@ -62,20 +91,25 @@ class Loop:
         try:
             optimizer.before_forward(args, kwargs, first)
         except BaseException as error:
-            open_, self._open, self._passes = self._open, None, None
-            assert open_ is not None
-            open_.__exit__(type(error), error, error.__traceback__)
+            self.fail(error)
             raise
 
     def before_state_dict(self, module: nn.Module, *_: Any) -> None:
         """Whoever saves the model saves the weights."""
-        if self._of(module) is not None:
-            self.interrupt()
+        optimizer = self.of(module)
+        if optimizer is not None:
+            optimizer.interrupt()
 
     @property
-    def attached(self) -> bool:
-        """Whether there is an optimizer whose passes it takes."""
-        return self._optimizer is not None
+    def open(self) -> bool:
+        """Whether the weights may be perturbed."""
+        return self._open is not None
+
+    def detach(self) -> None:
+        """Leave the module."""
+        self.drop()
+        for handle in self._handles:
+            handle.remove()
 
     @property
     def begun(self) -> bool:
@@ -87,6 +121,12 @@ class Loop:
         open_, self._open = self._open, None
         if open_ is not None:
             open_.__exit__(None, None, None)
+
+    def fail(self, error: BaseException) -> None:
+        """Put everything back after an exception."""
+        open_, self._open, self._passes = self._open, None, None
+        if open_ is not None:
+            open_.__exit__(type(error), error, error.__traceback__)
 
     def drop(self) -> None:
         """Restore the weights, and leave it at that."""
@@ -103,11 +143,20 @@ class Loop:
         passes, self._passes = self._passes, None
         if passes is not None and next(passes, None) is not None:
             raise OptimizerError(
-                "this step needs another gradient pass, which an unmodified loop does not make; call step(closure), or "
-                "run `for gradient_pass in optimizer.passes(): with gradient_pass: loss.backward()`"
+                "this step needs another gradient pass, which an unmodified loop does not make; call step(closure), "
+                "run `for gradient_pass in optimizer.passes(): with gradient_pass: loss.backward()`, or "
+                "optimizer.attach(module) to a module whose forward returns the loss"
             )
 
-    def _of(self, module: nn.Module) -> SharpnessAware | None:
-        """The optimizer, if it is alive and the module is its model."""
-        optimizer = None if self._optimizer is None else self._optimizer()
-        return optimizer if optimizer is not None and optimizer.model is module else None
+    def of(self, module: nn.Module) -> SharpnessAware | None:
+        """The optimizer, if it is alive and the module is the one whose forward passes it is to see.
+
+        Args:
+            module: The module that was called.
+
+        Returns:
+            The optimizer or ``None``.
+        """
+        if self._optimizer is None or self._module is None or self._module() is not module:
+            return None
+        return self._optimizer()

@@ -32,9 +32,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..curvature.parallel import own_generator
 from ..curvature.weighted import weighted_trace
 from ..errors import NonFiniteWarning, OptimizerError
+from .distributed import as_shard_of, gathered, local, mixed_seed, shard_index
 from .engine import Plan, SharpnessAware
+from .gradients import plus
 from .requirements import Rebalance
 
 Gradient = Literal["trace", "noise", "antithetic"]
@@ -54,7 +57,7 @@ class MSRegularizedSGD(SharpnessAware):
             :class:`SharpnessAware`), and arguments of ``torch.optim.SGD``, such as ``weight_decay``.
 
     Raises:
-        OptimizerError: If there is no model, or a parameter is not the model's.
+        OptimizerError: If a parameter is not the model's.
         ValueError: If a number is out of range.
 
     Source: arXiv 2106.12612, Thm 1.
@@ -76,15 +79,10 @@ class MSRegularizedSGD(SharpnessAware):
         super().__init__(
             model_or_params, torch.optim.SGD, settings, rebalance=rebalance, lr=lr, momentum=momentum, **options
         )
-        if gradient == "trace" and self.model is None:
-            raise OptimizerError(
-                "gradient='trace' differentiates the network's trace and needs the model; pass it as the first "
-                "argument, or gradient='noise' with rebalance=None"
-            )
         self.gradient = gradient
         self.keeps_batches = gradient == "trace"
         if gradient != "antithetic":
-            self.attach()
+            self.take_loops()
 
     def plan(self) -> Plan:
         """See the base class."""
@@ -125,11 +123,18 @@ class MSRegularizedSGD(SharpnessAware):
         """
         deviations = [math.sqrt(2.0 * s * w) for s, w in zip(strength, self.scales("weights"), strict=True)]
         return [
-            torch.randn(p.shape, generator=self.generator, device=p.device, dtype=p.dtype).mul_(deviation)
-            if p.requires_grad
-            else None
+            self._normal(p).mul_(deviation) if p.requires_grad else None
             for p, deviation in zip(self.parameters(), deviations, strict=True)
         ]
+
+    def _normal(self, parameter: Tensor) -> Tensor:
+        """N(0, 1) for every entry that this rank has, equal where two ranks have the same."""
+        part, generator = local(parameter), self.generator
+        index = shard_index(parameter)
+        if index:
+            seed = mixed_seed(int(torch.randint(2**62, (), generator=generator, device=generator.device)), index)
+            generator = torch.Generator(generator.device).manual_seed(seed)
+        return torch.randn(part.shape, generator=generator, device=part.device, dtype=part.dtype)
 
     def average_with(self, other: list[Tensor | None]) -> None:
         """Make ``.grad`` the mean of itself and other gradients, 0 where one is absent.
@@ -139,7 +144,7 @@ class MSRegularizedSGD(SharpnessAware):
         """
         with torch.no_grad():
             for p, g in zip(self.parameters(), other, strict=True):
-                total = _sum(p.grad, g)
+                total = plus(p.grad, g)
                 p.grad = None if total is None else total * 0.5
 
     def add_penalty(self, strength: list[float]) -> None:
@@ -156,35 +161,46 @@ class MSRegularizedSGD(SharpnessAware):
 
     def _add_penalty(self, strength: list[float]) -> None:
         """The same, for a strength that is scaled as the gradient is."""
-        assert self.model is not None
+        if self.model is None:
+            raise OptimizerError(
+                "gradient='trace' differentiates the network's trace, and no module that owns all the parameters was "
+                "called in training; pass the model as the first argument, or gradient='noise' with rebalance=None"
+            )
         names, parameters = self.names(), self.parameters()
         trace_weights = zip(names, strength, self.scales("trace_weights"), strict=True)
         weights = {name: s * w for name, s, w in trace_weights}
         wanted = [i for i, p in enumerate(parameters) if p.requires_grad]
         penalty: list[Tensor | None] = [None] * len(parameters)
-        for batch in self.batches:
-            value = weighted_trace(self.model, batch, weights, self.generator) / len(self.batches)
-            if not bool(torch.isfinite(value)):
-                message = "the trace is not finite; this step goes on without its gradient"
-                warnings.warn(message, NonFiniteWarning, stacklevel=2)
-                return
-            if value.requires_grad:
-                found = torch.autograd.grad(value, [parameters[i] for i in wanted], allow_unused=True)
-                for i, grad in zip(wanted, found, strict=True):
-                    penalty[i] = _sum(penalty[i], grad)
+        group = self.ranks.group
+        generator = self.generator if group is None else own_generator(self.generator, group)
+        finite = True
+        with gathered(self.model) as whole:
+            sources = [whole.get(names[i], parameters[i]) for i in wanted]
+            for batch in self.batches:
+                value = weighted_trace(self.model, batch, weights, generator) / len(self.batches)
+                finite = finite and bool(torch.isfinite(value))
+                if finite and value.requires_grad:
+                    found = torch.autograd.grad(value, sources, allow_unused=True)
+                    for i, grad in zip(wanted, found, strict=True):
+                        penalty[i] = plus(penalty[i], grad)
+            if group is not None:
+                finite = not self.ranks.largest([0.0 if finite else 1.0], self.device)[0]
+                for i, source in zip(wanted, sources, strict=True):  # which took part may differ from rank to rank
+                    penalty[i] = torch.zeros_like(source) if penalty[i] is None else penalty[i]
+                self.ranks.average_(penalty)
+        if not finite:
+            message = "the trace is not finite; this step goes on without its gradient"
+            warnings.warn(message, NonFiniteWarning, stacklevel=2)
+            return
+        signs = self.signs()
         pulls = [2.0 * s * n for s, n in zip(strength, self.scales("pulls"), strict=True)]
         with torch.no_grad():
             for i in wanted:
-                p = parameters[i]
-                if p.grad is None and penalty[i] is None:
+                p, added = parameters[i], penalty[i]
+                if p.grad is None and (added is None or group is not None):
                     continue  # took no part in this step; torch's weight decay leaves such a parameter alone, too
-                total = _sum(penalty[i], p.detach() * pulls[i] if pulls[i] else None)
+                added = None if added is None else as_shard_of(added, p)
+                total = plus(added, p.detach() * pulls[i] if pulls[i] else None)
                 if total is not None:
-                    p.grad = total if p.grad is None else p.grad.add_(total)
-
-
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """a + b, where either may be absent."""
-    if a is None or b is None:
-        return b if a is None else a
-    return a + b
+                    total = total if signs[i] > 0 else -total  # with `maximize` the base descends along −.grad
+                    p.grad = total if p.grad is None else plus(p.grad, total)

@@ -32,12 +32,13 @@ class MSSAM(SharpnessAware):
         base: The class of the optimizer that descends.
         rho: ρ ≥ 0, the radius at the representative; 0 is the base optimizer (there), in one pass.
         rebalance: ``"move"``, ``"metric"``, or ``None`` for plain SAM.
-        ascent: ``"gradient"``, or ``"momentum"``: one pass, against the base optimizer's momentum.
-        **options: ``model``, ``refresh_every``, ``columns``, ``gauge``, ``group``, ``seed``, ``every`` (see
+        ascent: ``"gradient"``; or, in one pass, ``"momentum"``: against the base optimizer's momentum, or
+            ``"previous"``: along the gradient of the step before.
+        **options: ``model``, ``refresh_every``, ``columns``, ``gauge``, ``group``, ``seed``, ``every``, ``m`` … (see
             :class:`SharpnessAware`), and the base optimizer's own arguments, such as ``lr``.
 
     Raises:
-        OptimizerError: If there is no model, or a parameter is not the model's.
+        OptimizerError: If a parameter is not the model's.
         ValueError: If a number is out of range.
 
     Source: arXiv 2106.12612, Thm 1; arXiv 2010.01412, Algorithm 1.

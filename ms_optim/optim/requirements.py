@@ -7,35 +7,82 @@ from __future__ import annotations
 
 import inspect
 import math
-from typing import Literal
+from collections.abc import Iterable
+from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import OptimizerError, UnsupportedError
 from ..symmetry.optimizer_state import STATE_EXPONENTS
 
 Rebalance = Literal["move", "metric"] | None
+Buffers = Literal["first", "last"]
+MicroBatch = Literal["global", "local"] | int
 
 
-def require_plain_model(model: nn.Module | None) -> None:
-    """Refuse what is no model, and wrappers that the engine does not handle yet.
+def require_model(model: nn.Module | None) -> None:
+    """Refuse what is no model, and wrappers that copy it for every forward pass.
 
     Args:
         model: The model, if there is one.
 
     Raises:
         OptimizerError: If it is no module.
-        UnsupportedError: If it is wrapped for data parallelism or compilation.
+        UnsupportedError: If it is in ``DataParallel``.
     """
     if model is not None and not isinstance(model, nn.Module):
         raise OptimizerError(f"model is a {type(model).__name__}; pass the torch.nn.Module that owns the parameters")
-    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    if isinstance(model, wrappers) or getattr(model, "_orig_mod", None) is not None:
+    if isinstance(model, nn.DataParallel):
         raise UnsupportedError(
-            f"a model wrapped in {type(model).__name__} is not supported yet; build the optimizer with the module "
-            "inside it and train that"
+            "a model in DataParallel runs as copies whose forward passes cannot be seen; use DistributedDataParallel, "
+            "or build the optimizer with the module inside it and train that"
         )
+
+
+def require_own_parameters(parameters: Iterable[Tensor], module: nn.Module) -> None:
+    """Refuse a module that does not own all the parameters.
+
+    Args:
+        parameters: The optimizer's.
+        module: The module.
+
+    Raises:
+        OptimizerError: If one is missing.
+    """
+    owned = {id(p) for p in module.parameters()}
+    missing = sum(id(p) not in owned for p in parameters)
+    if missing:
+        raise OptimizerError(
+            f"{type(module).__name__} lacks {missing} of the optimizer's parameters; attach a module that holds the "
+            "model and returns the loss"
+        )
+
+
+def require_real_parameters(given: Iterable[Any], model: nn.Module | None) -> None:
+    """Refuse complex parameters, and those that are not the model's.
+
+    Args:
+        given: Of a group: parameters, or pairs of a name and a parameter.
+        model: The model, if there is one.
+
+    Raises:
+        OptimizerError: If one is not the model's.
+        UnsupportedError: If one is complex.
+    """
+    known = None if model is None else {id(p) for p in model.parameters()}
+    for i, item in enumerate(given):
+        p = item[1] if isinstance(item, tuple) else item  # torch takes (name, parameter), too
+        if isinstance(p, Tensor) and p.is_complex():
+            raise UnsupportedError(
+                f"parameter {i} of the group, of shape {tuple(p.shape)}, is complex ({p.dtype}), which is not "
+                "supported yet; keep its real and imaginary parts (torch.view_as_real) as the parameter"
+            )
+        if known is not None and id(p) not in known:
+            raise OptimizerError(
+                f"parameter {i} of the group, of shape {tuple(p.shape)}, is not one of {type(model).__name__}'s; pass "
+                "the model's own parameters, or the model that owns them"
+            )
 
 
 def require_known_base(base: Optimizer, rebalance: Rebalance) -> None:
@@ -82,7 +129,8 @@ def require_range(
     refresh_every: int,
     columns: int | None,
     gauge: float,
-    every: int = 1,
+    buffers: Buffers,
+    m: MicroBatch,
 ) -> None:
     """Refuse numbers out of their range, before anything is built.
 
@@ -92,7 +140,8 @@ def require_range(
         refresh_every: ≥ 1.
         columns: ≥ 0 or ``None``.
         gauge: In [0, 1].
-        every: ≥ 1.
+        buffers: One of its two words.
+        m: One of its two words, or a number ≥ 1.
 
     Raises:
         ValueError: If one is out of range.
@@ -103,8 +152,10 @@ def require_range(
         raise ValueError(f"rebalance must be 'move', 'metric' or None, got {rebalance!r}")
     if refresh_every < 1:
         raise ValueError(f"refresh_every must be >= 1 step, got {refresh_every}; rebalance=None switches refreshes off")
-    if every < 1:
-        raise ValueError(f"every must be >= 1 step, got {every}; rho=0 or strength=0 switches our part off")
+    if buffers not in ("first", "last"):
+        raise ValueError(f"buffers must be 'first' or 'last', the pass whose changes are kept; got {buffers!r}")
+    if isinstance(m, bool) or not (m in ("global", "local") or (isinstance(m, int) and m >= 1)):
+        raise ValueError(f"m must be 'global', 'local' or a number of samples >= 1, got {m!r}")
     if columns is not None and columns < 0:
         raise ValueError(f"columns must be >= 0 or None, got {columns}; None is exact")
     if not 0.0 <= gauge <= 1.0:

@@ -6,12 +6,15 @@ r"""SAM: descend along the gradient at the worst nearby point, ε = ρ M g / √
 
 One global norm; a parameter group's ρ multiplies its part of ε.
 
-With ``ascent="momentum"`` the base optimizer's running average of gradients m takes the place of g, with the opposite
-sign: the gradient is taken at a point in the direction of the coming step, ε = −ρ M m / √⟨m, M m⟩.  That direction is
-known before the pass, so one pass is enough, at half of SAM's cost and in unmodified loops.
+Two directions are known before the pass, so that one pass is enough, at half of SAM's cost and in unmodified loops:
+
+    ascent="momentum"   the base optimizer's running average of gradients m in the place of g, with the opposite sign:
+                        the gradient is taken at a point in the direction of the coming step, ε = −ρ M m / √⟨m, M m⟩
+    ascent="previous"   the gradient that the step before descended along in the place of g; the first step has none
 
 Source: Foret et al., arXiv 2010.01412, eq. 2 and 3 for M = 1 (second-order terms dropped, as there); for the momentum
-Becker et al., arXiv 2401.12033, Algorithm 1.
+Becker et al., arXiv 2401.12033, Algorithm 1; for the previous gradient the "previous-batch" variant that Andriushchenko
+& Flammarion, arXiv 2206.06232, compare with.
 """
 
 from __future__ import annotations
@@ -26,11 +29,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import NonFiniteWarning
+from .distributed import completed, is_sharded, local
 from .engine import Plan, SharpnessAware
-from .gradient_pass import Perturbation, Scaled
+from .gradient_pass import Perturbation, Probe, Scaled
 
 Metric = list[float] | list[Tensor]
-Ascent = Literal["gradient", "momentum"]
+Ascent = Literal["gradient", "momentum", "previous"]
 
 
 def ascent(
@@ -51,22 +55,16 @@ def ascent(
         ε, or ``None`` if there is no direction: no gradient, a zero gradient, or one that is not finite (warned of).
     """
     taking_part = [i for i, grad in enumerate(grads) if grad is not None]
-    g = [grad for grad in grads if grad is not None]
-    if not g:
+    whole = [grad for grad in grads if grad is not None]
+    if not whole:
         return None
-    tensors = [m for m in (metric[i] for i in taking_part) if isinstance(m, Tensor)]
-    numbers = [m for m in (metric[i] for i in taking_part) if not isinstance(m, Tensor)]
     with torch.no_grad():
-        # The one synchronisation of a step, `tolist`: a norm that is not finite must not reach the weights.
-        if tensors:
-            raised = list(torch._foreach_mul(g, tensors))
-            squares = torch.stack([torch.sum(a * b, dtype=torch.float64) for a, b in zip(g, raised, strict=True)])
-            numbers = [1.0] * len(g)
-            norm = math.sqrt(sum(squares.tolist()))
-        else:
-            raised = g
-            norms = torch.stack(torch._foreach_norm(g)).tolist()
-            norm = math.sqrt(sum(m * n * n for m, n in zip(numbers, norms, strict=True)))
+        g = [local(grad).coalesce() if grad.is_sparse else local(grad) for grad in whole]
+        metrics = [metric[i] for i in taking_part]
+        numbers = [1.0 if isinstance(m, Tensor) else m for m in metrics]
+        raised = [_times(a, m) if isinstance(m, Tensor) else a for a, m in zip(g, metrics, strict=True)]
+        # The one synchronisation of a step: a norm that is not finite must not reach the weights.
+        norm = math.sqrt(_square(whole, g, raised, numbers))
         if not math.isfinite(norm) and not quiet:
             message = "the gradient norm is not finite; this step goes on without a perturbation"
             warnings.warn(message, NonFiniteWarning, stacklevel=2)
@@ -77,6 +75,39 @@ def ascent(
     for i, direction, m in zip(taking_part, raised, numbers, strict=True):
         directions[i], factors[i] = direction, rho[i] * m / norm
     return Scaled(directions, factors)
+
+
+def _square(whole: list[Tensor], g: list[Tensor], raised: list[Tensor], numbers: list[float]) -> float:
+    """Σ_q ⟨g_q, M_q g_q⟩, over this rank's parts g of the whole, M g = number · raised; NaN where it is not finite."""
+    plain = all(a is b for a, b in zip(g, raised, strict=True))
+    if plain and not any(a.is_sparse for a in g):
+        # In half precision the sum of squares would overflow at a norm of 256.
+        kind = torch.float32 if any(a.dtype in (torch.half, torch.bfloat16) for a in g) else None
+        norms = torch._foreach_norm(g, 2, dtype=kind)
+        if not is_sharded(whole):
+            found = torch.stack(norms).tolist()
+            return sum(m * n * n for m, n in zip(numbers, found, strict=True))
+        squares = [m * n.double().square() for m, n in zip(numbers, norms, strict=True)]
+    else:
+        squares = [m * _inner(a, b) for m, a, b in zip(numbers, g, raised, strict=True)]
+        if not is_sharded(whole):
+            return sum(torch.stack(squares).tolist())
+    return completed(squares, whole)
+
+
+def _times(gradient: Tensor, metric: Tensor) -> Tensor:
+    """M g, entry by entry; sparse where g is."""
+    metric = local(metric)
+    if not gradient.is_sparse:
+        return gradient * metric
+    indices = gradient.indices()
+    values = gradient.values() * metric[tuple(indices)]
+    return torch.sparse_coo_tensor(indices, values, gradient.shape, is_coalesced=True)
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """⟨a, b⟩ in float64, of two dense tensors or of two sparse ones with the same indices."""
+    return torch.sum(a.values() * b.values() if a.is_sparse else a * b, dtype=torch.float64)
 
 
 def taken_ascent(optimizer: SharpnessAware, ascent: Ascent) -> Ascent:
@@ -92,16 +123,17 @@ def taken_ascent(optimizer: SharpnessAware, ascent: Ascent) -> Ascent:
     Raises:
         ValueError: If it is another word, or the momentum of a base optimizer without one.
     """
-    if ascent not in ("gradient", "momentum"):
-        raise ValueError(f"ascent must be 'gradient' or 'momentum', got {ascent!r}")
+    if ascent not in ("gradient", "momentum", "previous"):
+        raise ValueError(f"ascent must be 'gradient', 'momentum' or 'previous', got {ascent!r}")
     entries = optimizer.base.param_groups
     if ascent == "momentum" and not all(entry.get("momentum", 0.0) > 0 or "betas" in entry for entry in entries):
         raise ValueError(
             f"ascent='momentum' needs a running average of gradients, and {type(optimizer.base).__name__} was built "
-            "without momentum; pass momentum=0.9, say, or ascent='gradient'"
+            "without momentum; pass momentum=0.9, say, or ascent='previous' or 'gradient'"
         )
-    if ascent == "momentum":
-        optimizer.attach()
+    optimizer.keeps_gradients = ascent == "previous"
+    if ascent != "gradient":
+        optimizer.take_loops()
     return ascent
 
 
@@ -114,17 +146,21 @@ def sam_plan(optimizer: SharpnessAware, metric: Callable[[], Metric], ascent_alo
         ascent_along: What gives the direction.
 
     Yields:
-        ``None``, then ε; or ε alone.
+        Where each pass is taken.
     """
-    rho = optimizer.setting("rho")
-    if ascent_along == "momentum" and any(rho):
+    # With `maximize` the objective is −L. (Momentum is that of the objective as it is.)
+    rho = [r * sign for r, sign in zip(optimizer.setting("rho"), optimizer.signs(), strict=True)]
+    if not any(rho):
+        yield None
+    elif ascent_along == "momentum":
         # A function: after a refresh that is due in this pass, M and the momentum are others.
-        yield lambda: ascent(optimizer.momentum(), metric(), [-r for r in rho])
-        return
-    yield None
-    if any(rho):
-        found = [ascent(optimizer.gradients(), metric(), rho, quiet=optimizer.scaler is not None)]
-        if found[0] is not None:
+        yield lambda: ascent(optimizer.momentum(), metric(), [-abs(r) for r in rho])
+    elif ascent_along == "previous":
+        yield lambda: ascent(optimizer.previous_gradients(), metric(), rho)
+    else:
+        yield Probe()
+        found = [ascent(optimizer.gradients(), metric(), rho, quiet=optimizer.expects_overflow)]
+        if found[0] is not None or optimizer.passes_are_fixed:
             yield found.pop()  # no reference stays here: the second pass reuses the memory of the first one's gradients
 
 
@@ -135,7 +171,8 @@ class SAM(SharpnessAware):
         model_or_params: The model (BatchNorm's statistics then move once a step), or parameters or groups.
         base: The class of the optimizer that descends.
         rho: ρ ≥ 0, the radius; 0 is the base optimizer, in one pass.
-        ascent: ``"gradient"``, or ``"momentum"``: one pass, against the base optimizer's momentum.
+        ascent: ``"gradient"``; or, in one pass, ``"momentum"``: against the base optimizer's momentum, or
+            ``"previous"``: along the gradient of the step before.
         **options: ``model``, ``rebalance`` and what goes with it (see :class:`SharpnessAware`; by default none), and
             the base optimizer's own arguments, such as ``lr``.
 

@@ -19,7 +19,7 @@ Elements add: t + t' acts as one after the other, −t undoes t.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -165,7 +165,9 @@ class ScaleGroup:
         """
         return std * torch.randn(len(self), dtype=torch.float64, generator=generator)
 
-    def rescale_(self, model: nn.Module, t: Element, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def rescale_(
+        self, model: nn.Module, t: Element, optimizer: torch.optim.Optimizer | None = None, *, clamp: bool = False
+    ) -> None:
         """Act on the model in place: W_p ← e^{a_p} W_p; gradients, running statistics and optimizer state move along.
 
         Everything is validated before anything is changed.  Tensors keep their storage.
@@ -175,6 +177,8 @@ class ScaleGroup:
             t: The group element ``[G]``.
             optimizer: Its state moves along: SGD, Adam or AdamW, or a wrapper that holds one of them as ``base``.
                 Parameters it has beyond the model's are left alone.
+            clamp: Let a running variance that would become negative become 0, as for an average of the weights whose
+                variances lag behind: there the function is changed, by less than ε over the variance.
 
         Raises:
             ValueError: If t has another shape or is not finite.
@@ -195,7 +199,7 @@ class ScaleGroup:
             for name, key, state, k in moving_state(optimizer, {p: name for name, p in parameters.items()}):
                 if name in a:
                     products.append((state, _factor(f"{key} of {name}", k * a[name], state)))
-        statistics = self._moved_statistics(model, self._element(t))
+        statistics = self._moved_statistics(model, self._element(t), clamp)
         buffers = dict(model.named_buffers(remove_duplicate=False))
         with torch.no_grad():
             for tensor, factor in products:
@@ -203,7 +207,9 @@ class ScaleGroup:
             for name, value in statistics.items():
                 buffers[name].copy_(value)
 
-    def bound(self, model: nn.Module, t: Element) -> Tensor:
+    def bound(
+        self, model: nn.Module, t: Element, agreed: Callable[[list[float]], list[float]] | None = None
+    ) -> Tensor:
         """The nearest group element under which no running variance becomes negative.
 
         e^{2s} (v + ε) ≥ ε for every channel of a BatchNorm is one half-space in t; the nearest point of their
@@ -212,6 +218,8 @@ class ScaleGroup:
         Args:
             model: The model whose running variances count.
             t: The group element ``[G]``.
+            agreed: Takes the smallest log-scale of each BatchNorm's input and gives the one to keep to instead: where
+                several processes hold the same weights beside running variances of their own, the largest.
 
         Returns:
             t', float64 ``[G]``; t itself where it is within the bounds.
@@ -221,11 +229,11 @@ class ScaleGroup:
             SymmetryError: If the model lacks a buffer of the group, or a running variance is negative or not finite.
         """
         element = self._element(t)
-        limits = [(statistics.row, limit) for statistics, limit in self._limits(model) if bool(statistics.row.any())]
-        if not limits:
+        limited = [(statistics.row, limit) for statistics, limit in self._limits(model) if bool(statistics.row.any())]
+        if not limited:
             return element
-        rows = torch.stack([row for row, _ in limits])
-        missing = torch.tensor([limit for _, limit in limits], dtype=torch.float64) - rows @ element
+        rows, limits = torch.stack([row for row, _ in limited]), [limit for _, limit in limited]
+        missing = torch.tensor(limits if agreed is None else agreed(limits), dtype=torch.float64) - rows @ element
         if not bool((missing > 0).any()):
             return element
         return element + _shortest_step(self.generators, rows, missing)
@@ -359,7 +367,7 @@ class ScaleGroup:
             # With ε = 0 and a variance of 0 any scale keeps it at 0.
             yield statistics, -0.5 * math.log1p(lowest / statistics.eps) if statistics.eps > 0 else -math.inf
 
-    def _moved_statistics(self, model: nn.Module, element: Tensor) -> dict[str, Tensor]:
+    def _moved_statistics(self, model: nn.Module, element: Tensor, clamp: bool = False) -> dict[str, Tensor]:
         """Running statistics after the element, by buffer name; those that do not move are left out."""
         moved: dict[str, Tensor] = {}
         buffers = dict(model.named_buffers(remove_duplicate=False))
@@ -372,7 +380,7 @@ class ScaleGroup:
             # In float64: the variance may be a small difference of e^{2s} (v + ε) and ε.
             grown = (variance.detach().double() + eps) * factor - eps
             lowest = float(grown.min())
-            if lowest < -_VARIANCE_ROUNDING * eps:
+            if lowest < -_VARIANCE_ROUNDING * eps and not clamp:
                 raise SymmetryError(
                     f"buffer {statistics.variance} would become {lowest:.3g} (ε = {eps:g}): its input is scaled by "
                     f"e^{s:.3f} and may be scaled by no less than e^{limit:.3f}; pass group.bound(model, t)"

@@ -401,7 +401,13 @@ def test_a_state_dict_of_another_model_or_optimizer_is_refused_and_changes_nothi
         ({"refresh_every": 0}, ValueError, "refresh_every must be >= 1"),
         ({"columns": -1}, ValueError, "columns must be >= 0 or None, got -1"),
         ({"rebalance": "yes"}, ValueError, "rebalance must be 'move', 'metric' or None, got 'yes'"),
-        ({"maximize": True}, UnsupportedError, "negate the loss"),
+        ({"buffers": "second"}, ValueError, "buffers must be 'first' or 'last'.*'second'"),
+        ({"m": 0}, ValueError, "m must be 'global', 'local' or a number of samples >= 1, got 0"),
+        ({"m": "rank"}, ValueError, "m must be .* got 'rank'"),
+        ({"every": 0}, ValueError, "every must be >= 1 step, got 0"),
+        ({"start": -1}, ValueError, "start must be >= 0 steps, got -1"),
+        ({"start": 5, "end": 5}, ValueError, "from step 5 to step 5 never opens"),
+        ({"start": 5, "total_steps": 5}, ValueError, "start=5 lies beyond the run's 5 steps"),
         ({"no_such_option": 1}, TypeError, "no_such_option"),
     ],
 )
@@ -453,18 +459,6 @@ def test_a_due_refresh_that_cannot_run_is_an_error():
         optimizer.step(closure)
     assert optimizer.refresh(x) is not None
     optimizer.step(closure)
-
-
-def test_what_needs_the_model_says_so():
-    parameters = list(mlp().parameters())
-    with pytest.raises(OptimizerError, match="pass the model"):
-        ms_optim.MSSAM(parameters, lr=0.1)
-    with pytest.raises(OptimizerError, match="pass the model"):
-        ms_optim.ASAM(parameters, lr=0.1)
-    with pytest.raises(OptimizerError, match="needs the model"):
-        ms_optim.MSRegularizedSGD(parameters, rebalance=None)
-    ms_optim.SAM(parameters, lr=0.1)
-    ms_optim.MSRegularizedSGD(parameters, rebalance=None, gradient="noise")
 
 
 def test_an_error_between_the_passes_restores_buffers_too():

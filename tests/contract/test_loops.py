@@ -146,17 +146,17 @@ def test_a_failing_refresh_puts_everything_back(case: Case, monkeypatch):
     optimizer = case.build(model)
     batches = samples(model, 1)
     before = everything(model, optimizer)
-    original = optimizer._move_to_representative
+    original = optimizer.representative._move
 
     def fail(*args):
         original(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(optimizer, "_move_to_representative", fail)
+    monkeypatch.setattr(optimizer.representative, "_move", fail)
     with pytest.raises(KeyboardInterrupt):
         loop(model, optimizer, batches)
     assert same(before, everything(model, optimizer))
-    monkeypatch.setattr(optimizer, "_move_to_representative", original)
+    monkeypatch.setattr(optimizer.representative, "_move", original)
     loop(model, optimizer, batches)
 
 

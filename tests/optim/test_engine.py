@@ -101,7 +101,7 @@ def test_a_pass_that_cannot_begin_is_not_left_open(monkeypatch):
         with pytest.raises(MemoryError, match="planted"):
             list(train(model, optimizer, batches))
     assert same(before, everything(model, optimizer))
-    assert [hook.__self__ for hook in model._forward_pre_hooks.values()] == [optimizer._loop]
+    assert [hook.__self__ for hook in model._forward_pre_hooks.values()] == [optimizer.loop]
     list(train(model, optimizer, batches))
 
 
@@ -140,7 +140,7 @@ def test_a_state_loaded_under_other_settings_follows_the_settings(now, due):
     assert optimizer.refresh_due is due
     kept = now["rebalance"] == "metric" and not due
     assert optimizer.scales("weights") == (saved.scales("weights") if kept else [1.0] * 6)
-    assert optimizer._due <= optimizer.refresh_every
+    assert optimizer.representative.due <= optimizer.representative.every
 
 
 def test_a_random_stream_of_another_kind_of_device_is_left_out():

@@ -1,0 +1,64 @@
+"""Binding: an optimizer that was given parameters alone finds the module that they belong to.
+
+Libraries build optimizers from parameters, not from models.  Then the model is the outermost module that owns all the
+parameters, and it shows itself when it is called for the first time in training: a hook on all modules looks for it
+until the first step is done.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch._compile import _disable_dynamo
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from ..errors import OptimizerError
+from .loop import exporting
+
+if TYPE_CHECKING:
+    from .engine import SharpnessAware
+
+
+class Binding:
+    """The search for an optimizer's model.
+
+    Args:
+        optimizer: The optimizer.
+    """
+
+    def __init__(self, optimizer: SharpnessAware) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        self._hook = register_module_forward_pre_hook(self._before_forward)
+        weakref.finalize(optimizer, self._hook.remove)
+
+    def close(self) -> None:
+        """Stop looking."""
+        self._hook.remove()
+
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Look at a forward pass, outside of whatever compiles or exports it."""
+        if not exporting():
+            self._look(module, args)
+
+    @_disable_dynamo
+    def _look(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Take the module, if it owns all parameters and is called in training."""
+        optimizer = self._optimizer()
+        if optimizer is None or not (module.training and torch.is_grad_enabled()):
+            return
+        owned = {id(p) for p in module.parameters()}
+        parameters = optimizer.parameters()
+        if not parameters or not all(id(p) in owned for p in parameters):
+            return
+        self.close()
+        optimizer.bind(module)
+        if not args and optimizer.needs_inputs:
+            raise OptimizerError(
+                f"{type(optimizer).__name__} has just found its model, {type(module).__name__}, which was called with "
+                "keyword arguments only, and those cannot be seen in the call in which it is found; run this step "
+                "again (they are seen from now on), or pass the model when building the optimizer"
+            )
+        optimizer.loop.before_forward(module, args, {})

@@ -1,0 +1,88 @@
+"""Gradients: lists of them, one entry per parameter and ``None`` where there is none, and the parts of a batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import OptimizerError
+from .distributed import local
+from .requirements import MicroBatch
+
+Gradients = list[Tensor | None]
+
+
+def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """a + b, where either may be absent."""
+    if a is None or b is None:
+        return b if a is None else a
+    # A sparse tensor takes no dense one; the other way around it works.
+    return b + a if a.is_sparse and not b.is_sparse else a + b
+
+
+def weighted_sum(total: Gradients, grads: Gradients, weight: float) -> Gradients:
+    """total + weight · grads.
+
+    Args:
+        total: A sum; empty for none yet.
+        grads: What is added.
+        weight: Its weight.
+
+    Returns:
+        The sum.
+    """
+    with torch.no_grad():
+        scaled = [None if grad is None else grad * weight for grad in grads]
+        return [plus(a, b) for a, b in zip(total, scaled, strict=True)] if total else scaled
+
+
+def copied(grads: Gradients, into: Gradients) -> Gradients:
+    """Copies, in the memory of earlier ones where they fit.
+
+    Args:
+        grads: What is copied.
+        into: Earlier copies.
+
+    Returns:
+        The copies.
+    """
+    into = into + [None] * (len(grads) - len(into))
+    found: Gradients = []
+    sources, targets = [], []
+    with torch.no_grad():
+        for grad, old in zip(grads, into, strict=True):
+            fits = grad is not None and old is not None and not (grad.is_sparse or old.is_sparse)
+            if grad is not None and old is not None and fits and old.shape == grad.shape and old.dtype == grad.dtype:
+                sources.append(local(grad))
+                targets.append(local(old))
+                found.append(old)
+            else:
+                found.append(None if grad is None else grad.detach().clone())
+        if targets:
+            torch._foreach_copy_(targets, sources)
+    return found
+
+
+def slices(samples: int | None, m: MicroBatch) -> list[tuple[slice, float]]:
+    """The parts of a batch that share a perturbation, each with its share of the samples.
+
+    Args:
+        samples: The size of the batch.
+        m: A number of samples; for a word the batch is one part.
+
+    Returns:
+        Slices and weights.
+
+    Raises:
+        OptimizerError: If the size is needed and missing, or is not positive.
+    """
+    if not isinstance(m, int):
+        return [(slice(None), 1.0)]
+    if samples is None or samples < 1:
+        raise OptimizerError(
+            f"m={m} samples share a perturbation, so a step has to know how many there are (got samples={samples}); "
+            "call passes(samples=len(x)) and take x[gradient_pass.samples], or step(closure, samples=len(x)) with a "
+            "closure that takes the slice"
+        )
+    starts = range(0, samples, m)
+    return [(slice(i, min(i + m, samples)), (min(i + m, samples) - i) / samples) for i in starts]

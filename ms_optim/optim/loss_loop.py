@@ -1,0 +1,234 @@
+r"""LossLoop: SAM in an unmodified loop, around a module whose forward returns the loss.
+
+    loss = module(x, y); loss.backward(); optimizer.step()
+
+Where the forward pass of a module ends in the loss (a timm task, a Hugging Face model, a module of three lines), the
+first of SAM's passes can be made inside it: a forward pre-hook runs the module, takes the gradient of its loss, and
+perturbs the weights; the forward pass that was asked for then runs at W + ε, and the end of its backward pass restores
+them.  The loss that is returned has the value of the first pass and the gradient of the second::
+
+    L(W) + (L(W + ε) − stop_gradient(L(W + ε)))
+
+Every forward pass has a perturbation of its own, so that with accumulation there is one per micro-batch, and with data
+parallelism one per rank (``m="local"``) or one for all (``"global"``, whose first gradients are averaged here).  The
+first gradient is taken by ``torch.autograd.grad``: ``.grad`` and the reducer of ``DistributedDataParallel`` never see
+it.
+
+Weights are restored at the end of the backward pass, and, where there was none, by whatever comes next: a forward pass,
+``state_dict()``, ``step()``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo
+
+from ..errors import OptimizerError
+from .loop import Loop, exporting
+
+if TYPE_CHECKING:
+    from .engine import SharpnessAware
+    from .gradient_pass import GradientPass
+
+# In half precision gradients underflow without a scale; any power of two will do for a direction.
+_LARGEST_SCALE = 2.0**16
+
+
+class LossLoop(Loop):
+    """The passes of an ordinary loop around a module whose training forward returns the loss.
+
+    Args:
+        optimizer: Whose passes it takes; ``None`` for hooks that do nothing.
+        module: The module: one that holds the optimizer's model, or that model.
+    """
+
+    def __init__(self, optimizer: SharpnessAware | None = None, module: nn.Module | None = None) -> None:
+        super().__init__(optimizer, module, takes=True)
+        self._inside = False  # a forward pass of our own is under way
+        self._running = False  # the one that was asked for is
+        self._clean: Tensor | None = None  # the loss of the first pass
+        self._scale = _LARGEST_SCALE
+        if module is not None:
+            self._handles.append(module.register_forward_hook(self.after_forward, with_kwargs=True, always_call=True))
+
+    def __reduce__(self) -> tuple[type[Loop], tuple[()]]:
+        """Of a copied or saved module, hooks that do nothing."""
+        return LossLoop, ()
+
+    @_disable_dynamo
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Make all passes but the last, and perturb for that one."""
+        optimizer = self.of(module)
+        if optimizer is None or optimizer.busy or self._inside or optimizer.inside_an_explicit_pass:
+            return
+        optimizer.interrupt()
+        if not (module.training and torch.is_grad_enabled()) or (optimizer.ready and self._passes is None):
+            return
+        try:
+            self._begin(optimizer, module, args, kwargs)
+            self._running = True
+        except BaseException as error:
+            self.fail(error)
+            raise
+
+    def _begin(
+        self, optimizer: SharpnessAware, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """The same, once it is clear that it is to be done."""
+        accumulates = self._passes is not None
+        if accumulates:
+            self.finish()  # of the micro-batch before
+        self._clean = None
+        passes = self._passes = optimizer.loop_passes(refreshes=not accumulates)
+        gradient_pass = next(passes)
+        while not gradient_pass.descends:
+            held = [p.grad for p in optimizer.parameters()]
+            try:
+                self._open = gradient_pass.__enter__()
+                self._probe(optimizer, gradient_pass, module, args, kwargs)
+                super().interrupt()
+                gradient_pass = next(passes)  # reads the gradients
+            finally:
+                for p, grad in zip(optimizer.parameters(), held, strict=True):
+                    p.grad = grad
+        self._open = gradient_pass.__enter__()
+
+    def _probe(
+        self,
+        optimizer: SharpnessAware,
+        gradient_pass: GradientPass,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Leave in ``.grad`` what shows the way to the next pass."""
+        for p in optimizer.parameters():
+            p.grad = None
+        self._inside = True
+        try:
+            loss = loss_of(module(*args, **kwargs), module)
+        finally:
+            self._inside = False
+        wanted = [p for p in optimizer.parameters() if p.requires_grad]
+        scale = self._scale if _in_half_precision(optimizer.device, wanted) else 1.0
+        scaled = loss.float() * scale if scale != 1.0 else loss
+        if optimizer.sharded:  # whose gradients arrive by hooks that only this runs
+            scaled.backward()
+        else:
+            found = torch.autograd.grad(scaled, wanted, allow_unused=True)
+            for p, grad in zip(wanted, found, strict=True):
+                p.grad = grad
+            if optimizer.m == "global" and optimizer.ranks.group is not None:
+                for p in wanted:  # which of them took part may differ from rank to rank
+                    p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                optimizer.ranks.average_([p.grad for p in wanted])
+        optimizer.expects_overflow = scale > 1.0
+        if scale > 1.0:
+            sums = [p.grad.sum(dtype=torch.float64) for p in wanted if p.grad is not None]
+            if sums and not bool(torch.stack(sums).isfinite().all()):
+                self._scale = max(1.0, self._scale / 2)
+        if self._clean is None:
+            self._clean = loss.detach()
+        gradient_pass.loss = loss.detach()
+
+    def after_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        """Return the loss of the first pass with the gradient of the last; restore when its backward pass is over."""
+        optimizer = self.of(module)
+        if optimizer is None or self._inside or not self._running or exporting():
+            return None
+        self._running = False
+        open_ = self._open
+        if output is None or open_ is None:  # the forward pass failed: hooks that are always called get nothing
+            self.fail(RuntimeError("the forward pass failed"))
+            return None
+        loss = loss_of(output, module)
+        open_.loss = loss.detach()
+        value = loss if self._clean is None else self._clean + (loss - loss.detach())
+        self._clean = None
+        if not value.requires_grad:
+            self.interrupt()
+            return None
+
+        def restore() -> None:
+            if self._open is open_:
+                self.interrupt()
+
+        value.register_hook(lambda _: torch.autograd.Variable._execution_engine.queue_callback(restore))
+        return with_loss(output, value)
+
+    def interrupt(self) -> None:
+        """Restore the weights, unless the forward pass itself looks at its model."""
+        if not self._running:
+            super().interrupt()
+
+    def fail(self, error: BaseException) -> None:
+        """Put everything back after an exception."""
+        self._running, self._clean = False, None
+        super().fail(error)
+
+
+def loss_of(output: Any, module: nn.Module) -> Tensor:
+    """The loss in what a module returned: itself, ``output["loss"]``, ``output.loss``, or the first of a tuple.
+
+    Args:
+        output: What it returned.
+        module: The module, for the message.
+
+    Returns:
+        One number, with a graph.
+
+    Raises:
+        OptimizerError: If there is none.
+    """
+    found = output
+    if isinstance(output, Mapping):
+        found = output.get("loss")
+    elif isinstance(output, (tuple, list)) and output:
+        found = output[0]
+    elif not isinstance(output, Tensor):
+        found = getattr(output, "loss", None)
+    if not isinstance(found, Tensor) or found.numel() != 1:
+        kind = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+        raise OptimizerError(
+            f"{type(module).__name__} was attached as a module whose training forward returns the loss, and returned "
+            f"a {type(output).__name__} with {kind} in its place; return the loss, (loss, ...) or {{'loss': loss, ...}}"
+        )
+    return found
+
+
+def with_loss(output: Any, loss: Tensor) -> Any:
+    """The same output with another loss.
+
+    Args:
+        output: What a module returned.
+        loss: The other loss.
+
+    Returns:
+        An output of the same kind.
+    """
+    if isinstance(output, Tensor):
+        return loss.reshape(output.shape)
+    if isinstance(output, tuple) and hasattr(output, "_fields"):
+        return type(output)(loss, *output[1:])
+    if isinstance(output, (tuple, list)):
+        return type(output)((loss, *output[1:]))
+    other = copy.copy(output)
+    if isinstance(output, Mapping):
+        other["loss"] = loss
+    else:
+        other.loss = loss
+    return other
+
+
+def _in_half_precision(device: torch.device, parameters: list[Tensor]) -> bool:
+    """Whether small gradients become zero: in float16 they do."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type) is torch.float16
+    return any(p.dtype is torch.float16 for p in parameters)

@@ -1,0 +1,172 @@
+r"""Representative: where a network stands among its equivalents, found again every so many steps.
+
+A *refresh* discovers the scale group (once), traces, solves, and with ``rebalance="move"`` rescales the weights to the
+minimiser, together with the base optimizer's state and everything else that is kept per weight.  With several ranks the
+traces are those of all their samples, and all go to the same place.
+
+Source: arXiv 2106.12612, Thm 1, per batch.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..balancing import Balance, balance
+from ..batch import Batch
+from ..curvature import hessian_trace
+from ..errors import NoEffectWarning
+from ..symmetry import ScaleGroup, scale_symmetries
+from .distributed import gathered, reshard
+from .gradient_pass import Snapshot
+from .requirements import Rebalance
+
+if TYPE_CHECKING:
+    from .engine import SharpnessAware
+
+# A normaliser's ε stands still while its input is rescaled, so the traces of a badly scaled network are those of a
+# slightly different function. Measured again at the representative they are right: the first refresh is repeated, and
+# each round takes the difference between equivalent starts from 1e-2 to 1e-6 to rounding.
+_FIRST_ROUNDS = 4
+
+RescaleHook = Callable[[ScaleGroup, Tensor], Any]
+
+
+class Representative:
+    """The balance of an optimizer's model, and when it is found again.
+
+    Args:
+        optimizer: The optimizer.
+        rebalance: ``"move"``, ``"metric"`` or ``None``.
+        every: Steps between refreshes.
+        columns: Exact columns per sample in the traces; ``None`` is exact.
+        gauge: κ.
+        group: The scale group; ``None``: discovered at the first refresh.
+
+    Attributes:
+        balance: What the last refresh found; ``None`` before the first, and where there is no symmetry to use.
+        log_scale: By how much the last refresh rescaled each parameter, or would have (``"metric"``).
+        due: Steps until the next refresh.
+    """
+
+    def __init__(
+        self,
+        optimizer: SharpnessAware,
+        rebalance: Rebalance,
+        every: int,
+        columns: int | None,
+        gauge: float,
+        group: ScaleGroup | None,
+    ) -> None:
+        self.optimizer = optimizer
+        self.rebalance, self.every, self.columns, self.gauge, self.group = rebalance, every, columns, gauge, group
+        self.balance: Balance | None = None
+        self.log_scale: dict[str, float] = {}
+        self.due = 0
+        self._subgroups: dict[frozenset[str], ScaleGroup] = {}
+        self._hooks: dict[int, RescaleHook] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A hook carries along something of the original's, as an average of its weights."""
+        return {**vars(self), "_hooks": {}}
+
+    def register_hook(self, hook: RescaleHook) -> RemovableHandle:
+        """Have a function called whenever the weights were rescaled."""
+        handle = RemovableHandle(self._hooks)
+        self._hooks[handle.id] = hook
+        return handle
+
+    def announce(self, group: ScaleGroup, t: Tensor) -> None:
+        """Call the hooks."""
+        for hook in tuple(self._hooks.values()):
+            hook(group, t)
+
+    def refresh(self, model: nn.Module, batch: Batch) -> Balance | None:
+        """Find the representative of a model, and go there with ``"move"``; an exception changes nothing.
+
+        Args:
+            model: The plain module.
+            batch: The batch.
+
+        Returns:
+            The balance; ``None`` if the model has no symmetry to use.
+        """
+        if self.group is None:
+            with gathered(model):
+                self.group = scale_symmetries(model, batch)
+        group = self._subgroup(model, self.group)
+        if len(group) == 0:
+            self.due, self.balance, self.log_scale = self.every, None, {}
+            return None
+        before = Snapshot(self.optimizer)
+        normalised = bool(group.statistics) or group.inexact_normalizers > 0
+        repeat = self.rebalance == "move" and self.balance is None and normalised
+        if repeat:
+            before.keep_weights()
+        try:
+            found, t = self._move(model, batch, group)
+            for _ in range(_FIRST_ROUNDS - 1 if repeat else 0):
+                self.optimizer.generator.set_state(before.stream)  # other signs would lead somewhere else each time
+                weights = [p.detach().clone() for p in self.optimizer.parameters()]
+                found, further = self._move(model, batch, group)
+                t = t + further
+                pairs = zip(weights, self.optimizer.parameters(), strict=True)
+                if self._on_all_ranks(all(torch.equal(w, p) for w, p in pairs)):
+                    break
+        except BaseException:
+            before.restore()
+            raise
+        torch.clear_autocast_cache()  # of the weights as they were
+        self.due, self.balance = self.every, found
+        self.log_scale = group.log_scale(t)
+        if self.rebalance == "move":
+            reshard(model)
+            self.optimizer.moved.append((group, t))
+            self.announce(group, t)
+        return found
+
+    def _move(self, model: nn.Module, batch: Batch, group: ScaleGroup) -> tuple[Balance, Tensor]:
+        """Trace, solve, and with ``"move"`` rescale."""
+        optimizer, ranks = self.optimizer, self.optimizer.ranks
+        device = optimizer.device
+        with gathered(model):
+            traces = hessian_trace(
+                model,
+                batch,
+                self.columns,
+                statistics="training",
+                generator=optimizer.generator,
+                process_group=ranks.group,
+            )
+            found = balance(model, traces, group, self.gauge)
+        if self.rebalance != "move":
+            return found, found.t
+        t = ranks.of_first(group.bound(model, found.t, lambda limits: ranks.largest(limits, device)), device)
+        found = found if torch.equal(t, found.t) else found.at(t)
+        group.rescale_(model, t, optimizer.base)
+        optimizer.rescale_kept(group.log_scale(t))
+        return found.moved(), t
+
+    def _on_all_ranks(self, reached: bool) -> bool:
+        """Whether it is so on every rank: they make the same number of measurements."""
+        return not self.optimizer.ranks.largest([0.0 if reached else 1.0], self.optimizer.device)[0]
+
+    def _subgroup(self, model: nn.Module, group: ScaleGroup) -> ScaleGroup:
+        """The part of the group that moves only parameters this optimizer may move: trainable and its own."""
+        own = {id(p) for p in self.optimizer.parameters()}
+        fixed = frozenset(n for n, p in model.named_parameters() if id(p) not in own or not p.requires_grad)
+        if fixed not in self._subgroups:
+            self._subgroups[fixed] = group.fixing(fixed)
+            if len(group) and not len(self._subgroups[fixed]):
+                warnings.warn(
+                    f"every scale symmetry of {type(model).__name__} moves a frozen parameter or one that this "
+                    "optimizer does not have, so balancing changes nothing; unfreeze it, or pass all parameters",
+                    NoEffectWarning,
+                    stacklevel=2,
+                )
+        return self._subgroups[fixed]
