@@ -66,3 +66,7 @@ class NonFiniteWarning(UserWarning):
 
 class LostStateWarning(UserWarning):
     """A checkpoint that lacks what a resumed run needs to go on as if it had not stopped."""
+
+
+class ConformanceError(MsOptimError, AssertionError):
+    """An optimizer that breaks a law of :mod:`ms_optim.testing`: what was found, and what was expected."""

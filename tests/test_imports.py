@@ -23,7 +23,7 @@ FLOORS = [
     {"optim"},
     {"integrations"},
     {"__init__"},
-    {"demo", "train"},
+    {"demo", "train", "testing"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
