@@ -40,7 +40,7 @@ from torch.utils.hooks import RemovableHandle
 from ..balancing import Balance
 from ..batch import Batch
 from ..curvature.parallel import unwrapped
-from ..errors import NoEffectWarning, OptimizerError
+from ..errors import NoEffectWarning, OptimizerError, UnsupportedError
 from ..symmetry import ScaleGroup
 from . import checkpoint
 from .binding import Binding
@@ -409,6 +409,11 @@ class SharpnessAware(Optimizer):
         self, parts: list[tuple[slice, float]], refreshes: bool = True, zeroes: bool = True
     ) -> Iterator[GradientPass]:
         """See :meth:`passes`."""
+        if self.sharded and self.m != "global":
+            raise UnsupportedError(
+                f"m={self.m!r} asks for perturbations of its own for some samples, but the parameters are sharded over "
+                "ranks, and their gradients are always summed over all; use m='global', or DistributedDataParallel"
+            )
         self._ready = self._stepped_by_scaler = False
         self.batches, self.moved = [], []
         if self.ranks.group is not None:  # equal on all ranks, whatever was drawn for batches of different sizes
@@ -738,7 +743,8 @@ class SharpnessAware(Optimizer):
         present = self._pass
         if not torch.is_grad_enabled() or present is None or not present.first or self._measuring:
             return
-        if self.keeps_local(present) and not self.ranks.wrappers() and inside_wrapper():
+        averages = inside_wrapper() and not self.loss_loop.begun
+        if averages and self.keeps_local(present) and not self.ranks.wrappers():
             raise OptimizerError(
                 f"m={self.m!r} keeps gradients on their rank, and DistributedDataParallel is about to average them; "
                 "build the optimizer with the wrapped model, so that it can tell the wrapper"
