@@ -19,7 +19,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from . import networks
 from .definition import settled
 from .driver import Training
-from .law import applies, law, moved, require, require_equal
+from .law import applies, law, require, require_equal, stepped
 from .subject import Subject
 
 STOP, STEPS = 3, 6
@@ -173,7 +173,7 @@ def groups_are_shared_after_loading(subject: Subject) -> None:
             group["lr"] = lr
         before = training.weights()
         training.step(batch)
-        names = moved(training.weights(), before)
+        names = stepped(training.weights(), before)
         if lr == 0.0:
             require(not names, f"{', '.join(names)} moved after param_groups were set to lr=0; expected no step")
         else:

@@ -163,16 +163,19 @@ class Training:
         """
         return self.subject.step(self.built, self.model, self.closure(batch, loss, after))
 
-    def run(self, batches: list[Batch], loss: Loss = cross_entropy) -> Training:
+    def run(self, batches: list[Batch], loss: Loss = cross_entropy, seed: int | None = None) -> Training:
         """One step per batch.
 
         Args:
             batches: Inputs and labels.
             loss: What is minimised.
+            seed: Of the global random stream, for two runs that are to be compared.
 
         Returns:
             This training.
         """
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
         for batch in batches:
             self.step(batch, loss)
         return self

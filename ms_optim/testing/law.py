@@ -20,6 +20,7 @@ from ..errors import ConformanceError
 from .subject import Subject
 
 Law = Callable[[Subject], None]
+ROUNDING = 1e-10  # of sums of numbers around 1 in float64, and far below what a step does
 LAWS: dict[str, Law] = {}
 
 
@@ -114,7 +115,7 @@ def require_equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], w
 
 
 def require_close(
-    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str, otherwise: str, tolerance: float = 1e-10
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str, otherwise: str, tolerance: float = ROUNDING
 ) -> None:
     """Up to rounding: a largest difference within ``tolerance`` of the largest entry.
 
@@ -135,6 +136,19 @@ def require_close(
             difference <= bound,  # false for NaN
             f"{what} {name} differs from {otherwise} by up to {difference:.3g}; expected at most {bound:.1g}",
         )
+
+
+def stepped(found: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> list[str]:
+    """The names of those that have moved by more than rounding.
+
+    Args:
+        found: By name.
+        before: By the same names.
+
+    Returns:
+        Names.
+    """
+    return [name for name, tensor in before.items() if not bool((found[name] - tensor).abs().max() <= ROUNDING)]
 
 
 def moved(found: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> list[str]:
