@@ -10,6 +10,7 @@ results names its method.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import multiprocessing
@@ -22,6 +23,8 @@ from typing import Any
 import torch
 
 from .harness import Contender, failure, settle
+
+_M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 def peak_bytes(function: Callable[..., None], *args: Any) -> int:
@@ -117,6 +120,16 @@ def lift(contender: Contender, device: str = "cpu") -> tuple[int, str]:
     before = _status("VmRSS")
     contender()
     return max(0, _status("VmHWM") - before), "VmHWM"
+
+
+def only_what_is_alive() -> None:
+    """Have glibc take blocks of 64 KiB and more from the system, and hand them back, one by one.
+
+    Otherwise a process keeps some of what was freed, for blocks that may or may not fit into it: the same step of the
+    same optimizer then differs by tens of MiB, and its peak is not that of what it held at one time.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**16)
 
 
 def _reset_high_water() -> bool:

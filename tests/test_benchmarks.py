@@ -18,7 +18,7 @@ from benchmarks.render import CUDA_MISSING, claims_table, pages, side_by_side
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [
-    *("trace_speed", "step_speed", "refresh_memory", "paper_efficiency", "diagonal_error"),
+    *("trace_speed", "step_speed", "overhead", "refresh_memory", "paper_efficiency", "diagonal_error"),
     *("peers", "equal_time", "trace_limit", pytest.param("trace_growth", marks=pytest.mark.slow)),
 ]
 
@@ -29,7 +29,7 @@ def run(*arguments):
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
-OTHERS = ("curvlinops", "PyHessian")
+OTHERS = ("curvlinops", "PyHessian", "davda54", "SamsungLabs", "moskomule")
 
 
 def absent_or_unable(line):
