@@ -3,8 +3,8 @@
 ``python -m benchmarks.render`` writes ``results/<claim>/table.md`` from the newest run of every claim on the CPU and,
 for scripts that take ``--device cuda``, from the newest one on a GPU; what was never measured there says so.
 
-A script has ``CLAIMS``.  It may have ``details(runs)``, Markdown that follows the claims, and ``draw(runs, path)``,
-which makes the figure that its details show.
+A script has ``CLAIMS``, or ``body(runs)``, Markdown in the place of their table.  It may have ``details(runs)``, which
+follows the claims, and ``draw(runs, path)``, which makes the figure that its details show.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def table(name: str, environment: Mapping[str, Any], runs: Sequence[Run]) -> str
         f"`python -m benchmarks.{name}{option}`: {environment['date']}, {machine}, {versions}, {loads}, commit "
         f"{str(environment['commit'])[:10]}{' with changes' if environment['uncommitted_changes'] else ''}.",
         "",
-        *claims_table(script.CLAIMS, runs),
+        *(script.body(runs) if hasattr(script, "body") else claims_table(script.CLAIMS, runs)),
     ]
     if hasattr(script, "details"):
         lines += ["", *script.details(runs)]
@@ -86,6 +86,24 @@ def _measured(found: Summary | str, unit: str) -> str:
     digits = 0 if found.median >= 100 else 1 if found.median >= 20 else 2 if found.median >= 0.1 else 4
     low, high = f"{found.low:.{digits}f}", f"{found.high:.{digits}f}"
     return f"{found.median:.{digits}f}{unit} [{low}, {high}] ({found.n})"
+
+
+def matrix(
+    cells: Mapping[tuple[str, str], str], rows: Sequence[str], columns: Sequence[str], corner: str = ""
+) -> list[str]:
+    """A table of words, such as who keeps which law.
+
+    Args:
+        cells: (Row, column) → word; an empty cell where there is none.
+        rows: Their names, in order.
+        columns: Their names, in order.
+        corner: What the rows are.
+
+    Returns:
+        Lines of Markdown.
+    """
+    lines = [f"| {' | '.join((corner, *columns))} |", f"| --- |{' :-: |' * len(columns)}"]
+    return lines + [f"| {' | '.join((row, *(cells.get((row, column), '') for column in columns)))} |" for row in rows]
 
 
 def side_by_side(runs: Sequence[Run], unit: str, order: Sequence[str] = ()) -> list[str]:
@@ -167,7 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = parser.parse_args(arguments).results
     for folder in sorted(path for path in results.iterdir() if path.is_dir()):
         script = importlib.util.find_spec(f"benchmarks.{folder.name}")
-        if script is None or not hasattr(importlib.import_module(script.name), "CLAIMS"):
+        module = None if script is None else importlib.import_module(script.name)
+        if not (hasattr(module, "CLAIMS") or hasattr(module, "body")):
             continue  # the demo or a sweep, which has no goal and draws a table of its own
         (folder / "table.md").write_text(pages(folder.name, folder))
 

@@ -11,15 +11,24 @@ import pytest
 import torch
 
 import ms_optim
-from benchmarks import contenders, diagonal_error, equal_time, networks, paper_efficiency, trace_growth
+from benchmarks import (
+    conformance,
+    contenders,
+    diagonal_error,
+    equal_time,
+    networks,
+    paper_efficiency,
+    sam_peers,
+    trace_growth,
+)
 from benchmarks.harness import Claim, Summary, evaluate, folder_name, paired, record, verdict
 from benchmarks.memory import lift, peak_above
-from benchmarks.render import CUDA_MISSING, claims_table, pages, side_by_side
+from benchmarks.render import CUDA_MISSING, claims_table, matrix, pages, side_by_side
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [
     *("trace_speed", "step_speed", "overhead", "refresh_memory", "paper_efficiency", "diagonal_error"),
-    *("peers", "equal_time", "trace_limit", pytest.param("trace_growth", marks=pytest.mark.slow)),
+    *("peers", "equal_time", "trace_limit", "conformance", pytest.param("trace_growth", marks=pytest.mark.slow)),
 ]
 
 
@@ -163,6 +172,57 @@ def test_side_by_side_shows_seconds_ratio_and_memory():
     assert rows[2] == "| net | ours | 4 (2) | 4.00× [3.50, 4.50] (2) | 3 (1) |"
     assert rows[3].startswith("| net | unit | 1 (2) | 1.00×")
     assert rows[-1] == "Peak memory by VmHWM."
+
+
+def test_a_matrix_has_a_row_per_law_and_a_column_per_optimizer():
+    rows = matrix({("first", "a"): "✓", ("second", "b"): "–"}, ["first", "second"], ["a", "b"], "law")
+    assert rows == ["| law | a | b |", "| --- | :-: | :-: |", "| first | ✓ |  |", "| second |  | – |"]
+
+
+def law_line(contender, law, verdict, message=""):
+    return {"network": "", "contender": contender, "law": law, "verdict": verdict, "message": message}
+
+
+def test_conformance_shows_what_is_not_kept_and_who_is_not_there():
+    runs = [
+        law_line("SAM", "a_law", "passed"),
+        law_line("SAM", "another_law", "crashed", "KeyError: 'old_p' | *"),
+        law_line("peer", "a_law", "failed", "1 differs from 2; expected the same bits"),
+        law_line("peer", "another_law", "not applicable", "it has no step"),
+        {"network": "", "contender": "absent", "failed": "not installed"},
+        {"network": "", "contender": "davda54/sam", "commit": "0123456789abcdef"},
+    ]
+    page = "\n".join(conformance.body(runs))
+    assert "| SAM | 1 | 2 | **missed** |\n| peer | 0 | 1 | for comparison |\n\nNot measured: absent." in page
+    assert "| law | SAM |\n| --- | :-: |\n| a law | ✓ |\n| another law | error |" in page
+    assert "| law | peer |\n| --- | :-: |\n| a law | ✗ |\n| another law | – |" in page
+    assert "**SAM**\n\n- *another law*: KeyError: 'old\\_p' \\| \\*\n" in page
+    assert "**peer**\n\n- *a law*: 1 differs from 2; expected the same bits\n" in page
+    assert "**peer**\n\n- it has no step: *another law*\n" in page
+    assert page.endswith("Checkouts: davda54/sam 0123456789.")
+    kept = "\n".join(conformance.body(runs[:1]))
+    assert "| SAM | 1 | 1 | reached |" in kept and "Every law that applies is kept." in kept and "Peers" not in kept
+
+
+def test_a_peer_comes_from_its_checkout_and_is_driven_as_its_authors_say(tmp_path):
+    assert sam_peers.load_davda54(None) is sam_peers.load_asam(None) is sam_peers.load_moskomule(None) is None
+    with pytest.raises(FileNotFoundError, match="give the folder of a checkout that holds asam.py"):
+        sam_peers.load_asam(tmp_path)
+    (tmp_path / "asam.py").write_text(
+        "class ASAM:\n"
+        "    def __init__(self, optimizer, model, rho):\n"
+        "        self.optimizer, self.rho, self.done = optimizer, rho, []\n"
+        "    def ascent_step(self):\n        self.done.append('up')\n"
+        "    def descent_step(self):\n        self.done.append('down')\n"
+        "class SAM(ASAM):\n    pass\n"
+    )
+    subject = sam_peers.subjects(asam=tmp_path)["SamsungLabs/ASAM SAM"]
+    model = torch.nn.Linear(2, 2)
+    minimizer = subject.build(model, list(model.parameters()), torch.optim.SGD, lr=0.1, **subject.options)
+    assert minimizer.rho == 0.05 and isinstance(subject.handle(minimizer), torch.optim.SGD)
+    subject.step(minimizer, model, lambda: minimizer.done.append("gradient"))
+    assert minimizer.done == ["gradient", "up", "gradient", "down"]
+    assert sam_peers.subjects(asam=tmp_path)["davda54/sam SAM"] is None
 
 
 def take(megabytes):
