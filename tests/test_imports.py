@@ -21,7 +21,7 @@ FLOORS = [
     {"balancing"},
     {"sharpness"},
     {"optim"},
-    {"integrations"},
+    {"integrations", "compat"},
     {"__init__"},
     {"demo", "train", "testing"},
 ]
