@@ -3,11 +3,15 @@
 Libraries build optimizers from parameters, not from models.  Then the model is the outermost module that owns all the
 parameters, and it shows itself when it is called for the first time in training: a hook on all modules looks for it
 until the first step is done.
+
+Where that module is of a kind that is known to return the loss, as a timm task does, the optimizer is attached to it,
+and takes the model inside.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,11 +19,15 @@ from torch import nn
 from torch._compile import _disable_dynamo
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from ..curvature.parallel import unwrapped
 from ..errors import OptimizerError
 from .loop import exporting
 
 if TYPE_CHECKING:
     from .engine import SharpnessAware
+
+#: Kind of module whose training forward returns the loss -> what gives an optimizer the model inside it.
+LOSS_MODULES: dict[type[nn.Module], Callable[[SharpnessAware, nn.Module], nn.Module]] = {}
 
 
 class Binding:
@@ -54,11 +62,14 @@ class Binding:
         if not parameters or not all(id(p) in owned for p in parameters):
             return
         self.close()
-        optimizer.bind(module)
-        if not args and optimizer.needs_inputs:
+        inside = next((LOSS_MODULES[kind] for kind in type(unwrapped(module)).__mro__ if kind in LOSS_MODULES), None)
+        optimizer.bind(module if inside is None else inside(optimizer, unwrapped(module)))
+        if inside is not None:
+            optimizer.attach(module)
+        if not args and (inside is not None or optimizer.needs_inputs):
             raise OptimizerError(
                 f"{type(optimizer).__name__} has just found its model, {type(module).__name__}, which was called with "
                 "keyword arguments only, and those cannot be seen in the call in which it is found; run this step "
                 "again (they are seen from now on), or pass the model when building the optimizer"
             )
-        optimizer.loop.before_forward(module, args, {})
+        (optimizer.loop if inside is None else optimizer.loss_loop).before_forward(module, args, {})

@@ -452,7 +452,11 @@ class SharpnessAware(Optimizer):
                 raise OptimizerError("a gradient pass was not entered; use `with gradient_pass:` around each backward")
             self.observer.after(gradient_pass)
             first = False
-        turn.finish()
+        try:
+            turn.finish()
+        except BaseException:
+            turn.before.restore()
+            raise
 
     def step(self, closure: Callable[..., Any] | None = None, samples: int | None = None) -> Any:
         """One step: all passes through the closure, or, after :meth:`passes`, the descent alone.
@@ -501,7 +505,7 @@ class SharpnessAware(Optimizer):
                 )
             )
         if self._binding is not None:
-            self._give_up_binding()
+            self.stop_looking()
         if self.keeps_gradients and self.schedule.active(self.steps + 1):
             self.kept = copied(self.gradients(), self.kept)
         self.base.step()
@@ -527,14 +531,19 @@ class SharpnessAware(Optimizer):
         """
         if self.model is None:
             raise OptimizerError("refresh needs the network's graph; pass the model when building the optimizer")
-        if self._pass is not None and not self._measuring:
+        self.interrupt()
+        if self._pass is not None:
             raise OptimizerError(
                 "refresh was called inside a gradient pass, where the weights may be perturbed and are put back "
                 "afterwards; call it before passes()"
             )
-        batch = Batch.of(inputs, self.model)
+        return self._refresh(Batch.of(inputs, self.model), None)
+
+    def _refresh(self, batch: Batch, before: Snapshot | None) -> Balance | None:
+        """The same, in full precision, with the state to go back to if it fails."""
+        assert self.model is not None
         with torch.autocast(self.device.type, enabled=False):
-            return self.representative.refresh(self.model, batch)
+            return self.representative.refresh(self.model, batch, before)
 
     def register_rescale_hook(self, hook: RescaleHook) -> RemovableHandle:
         """Have ``hook(group, t)`` called whenever the weights were rescaled by ``group.rescale_(model, t)``.
@@ -668,8 +677,13 @@ class SharpnessAware(Optimizer):
         given = entry["params"]
         require_real_parameters([given] if isinstance(given, Tensor) else given, self.model)
 
-    def _give_up_binding(self) -> None:
-        """A step is done, and no module with all the parameters was called in training."""
+    @property
+    def looks_for_its_model(self) -> bool:
+        """Whether the module that owns the parameters has not been called yet."""
+        return self._binding is not None and self.model is None
+
+    def stop_looking(self) -> None:
+        """A pass or a step is done, and no module with all the parameters was called in training."""
         assert self._binding is not None
         self._binding.close()
         self._binding = None
@@ -755,7 +769,9 @@ class SharpnessAware(Optimizer):
         if self.refresh_due and may_refresh and present.refreshes:
             with self.measuring():
                 present.before.keep_weights()
-                self.refresh(batch)
+                self._refresh(batch, present.before)
+        if present.waits:
+            present.waits = False
             present.perturb()
 
 

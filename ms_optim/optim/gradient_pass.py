@@ -87,6 +87,14 @@ class Snapshot:
         self._keep(weights + state + kept + grads)
 
     def restore(self) -> None:
+        """Put everything back, to the end even if interrupted."""
+        try:
+            self._restore()
+        except BaseException:
+            self._restore()
+            raise
+
+    def _restore(self) -> None:
         """Put everything back."""
         optimizer = self.optimizer
         with torch.no_grad():
@@ -97,9 +105,9 @@ class Snapshot:
         optimizer.generator.set_state(self.stream)
         representative = optimizer.representative
         representative.due, representative.balance, representative.log_scale = self.schedule
-        for group, t in reversed(optimizer.moved[self.moves :]):
+        while len(optimizer.moved) > self.moves:
+            group, t = optimizer.moved.pop()
             representative.announce(group, -t)
-        del optimizer.moved[self.moves :]
 
     def keep_buffers(self, model: nn.Module) -> None:
         """Keep the buffers of a model that was not known before."""
@@ -170,6 +178,7 @@ class GradientPass:
         self.loss: Any = None
         self.done = False
         self.refreshes = first and turn.refreshes and optimizer.refresh_due
+        self.waits = False
         self._weights: list[Tensor] = []
         self._saved: list[Tensor] = []
         self._buffers: list[tuple[Tensor, Tensor]] = []
@@ -219,7 +228,9 @@ class GradientPass:
             self._open.enter_context(optimizer.ranks.unsynchronised())
         if optimizer.model is not None:
             self.keep_buffers(optimizer.model)
-        if not (callable(self.perturbation) and self.refreshes):
+        # What a refresh will move, or a model that is still looked for, is waited for.
+        self.waits = callable(self.perturbation) and self.first and (self.refreshes or optimizer.looks_for_its_model)
+        if not self.waits:
             self.perturb()
 
     def keep_buffers(self, model: nn.Module) -> None:
@@ -251,6 +262,21 @@ class GradientPass:
                         p.add_(d, alpha=f)
             self._weights_changed()
 
+    def _put_back(self, failed: bool) -> None:
+        """Restore the weights, and the buffers if they are not to keep this pass's changes; all, if it has failed."""
+        with torch.no_grad():
+            if self._weights:
+                torch._foreach_copy_(self._weights, self._saved)
+                self._weights_changed()
+            if self.optimizer.buffers == "last" and not failed:
+                self.turn.buffers = [(buffer, buffer.detach().clone()) for buffer, _ in self._buffers]
+            for buffer, kept in self._buffers:
+                buffer.copy_(kept)
+        if self._after is not None:
+            self._after.restore()
+        if failed:
+            self.before.restore()
+
     def _weights_changed(self) -> None:
         """Drop what was made of the weights as they were."""
         torch.clear_autocast_cache()
@@ -274,18 +300,15 @@ class GradientPass:
         optimizer.closed(self)
         self.done = True
         self._open.close()
-        with torch.no_grad():
-            if self._weights:
-                torch._foreach_copy_(self._weights, self._saved)
-                self._weights_changed()
-            if optimizer.buffers == "last":
-                self.turn.buffers = [(buffer, buffer.detach().clone()) for buffer, _ in self._buffers]
-            for buffer, kept in self._buffers:
-                buffer.copy_(kept)
-        if self._after is not None:
-            self._after.restore()
+        try:
+            self._put_back(kind is not None)
+        except BaseException:  # interrupted: once more, to the end
+            self._put_back(failed=True)
+            raise
         if kind is not None:
-            self.before.restore()
+            return
+        if self.refreshes and optimizer.refresh_due and optimizer.looks_for_its_model:
+            optimizer.stop_looking()
         elif self.refreshes and optimizer.refresh_due:
             self.before.restore()
             raise OptimizerError(

@@ -56,6 +56,9 @@ class Loop:
                 module.register_forward_pre_hook(self.before_forward, prepend=True, with_kwargs=True),
                 module.register_state_dict_pre_hook(self.before_state_dict),
             ]
+        if module is not None and takes:
+            hook = module.register_forward_hook(self.after_forward, with_kwargs=True, always_call=True)
+            self._handles.append(hook)
 
     def __reduce__(self) -> tuple[type[Loop], tuple[()]]:
         """Of a copied or saved model, hooks that do nothing."""
@@ -93,6 +96,12 @@ class Loop:
         except BaseException as error:
             self.fail(error)
             raise
+
+    def after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Put everything back where the forward pass has failed: hooks that are always called then get no output."""
+        if output is None and self._open is not None and self.of(module) is not None:
+            self.fail(RuntimeError("the forward pass failed"))
+        return None
 
     def before_state_dict(self, module: nn.Module, *_: Any) -> None:
         """Whoever saves the model saves the weights."""
@@ -139,7 +148,11 @@ class Loop:
         Raises:
             OptimizerError: If the plan asks for another pass.
         """
-        self.interrupt()
+        try:
+            self.interrupt()
+        except BaseException:
+            self._passes = None
+            raise
         passes, self._passes = self._passes, None
         if passes is not None and next(passes, None) is not None:
             raise OptimizerError(

@@ -21,6 +21,7 @@ Weights are restored at the end of the backward pass, and, where there was none,
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -48,13 +49,11 @@ class LossLoop(Loop):
     """
 
     def __init__(self, optimizer: SharpnessAware | None = None, module: nn.Module | None = None) -> None:
-        super().__init__(optimizer, module, takes=True)
         self._inside = False  # a forward pass of our own is under way
         self._running = False  # the one that was asked for is
         self._clean: Tensor | None = None  # the loss of the first pass
         self._scale = _LARGEST_SCALE
-        if module is not None:
-            self._handles.append(module.register_forward_hook(self.after_forward, with_kwargs=True, always_call=True))
+        super().__init__(optimizer, module, takes=True)
 
     def __reduce__(self) -> tuple[type[Loop], tuple[()]]:
         """Of a copied or saved module, hooks that do nothing."""
@@ -153,20 +152,38 @@ class LossLoop(Loop):
         value = loss if self._clean is None else self._clean + (loss - loss.detach())
         self._clean = None
         if not value.requires_grad:
-            self.interrupt()
+            self.fail(RuntimeError("the loss has no graph"))
             return None
 
         def restore() -> None:
             if self._open is open_:
-                self.interrupt()
+                try:
+                    super(LossLoop, self).interrupt()
+                except BaseException as error:
+                    self.fail(error)
+                    raise
 
         value.register_hook(lambda _: torch.autograd.Variable._execution_engine.queue_callback(restore))
         return with_loss(output, value)
 
     def interrupt(self) -> None:
-        """Restore the weights, unless the forward pass itself looks at its model."""
-        if not self._running:
-            super().interrupt()
+        """Put everything back: the weights are perturbed, so the backward pass that restores them has not ended.
+
+        A forward pass that looks at its own model in evaluation mode, as at a teacher, is let be.
+        """
+        looks_itself = self._inside or (self._running and self._on_the_stack())
+        if self._open is not None and not looks_itself:
+            self.fail(RuntimeError("the backward pass was not run to its end"))
+
+    def _on_the_stack(self) -> bool:
+        """Whether the forward pass is still under way: a KeyboardInterrupt ends it without a hook being called."""
+        module = None if self._module is None else self._module()
+        frame = sys._getframe()
+        while frame.f_back is not None:
+            frame = frame.f_back
+            if frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is module:
+                return True
+        return False
 
     def fail(self, error: BaseException) -> None:
         """Put everything back after an exception."""

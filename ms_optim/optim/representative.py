@@ -10,6 +10,7 @@ Source: arXiv 2106.12612, Thm 1, per batch.
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -69,11 +70,11 @@ class Representative:
         self.log_scale: dict[str, float] = {}
         self.due = 0
         self._subgroups: dict[frozenset[str], ScaleGroup] = {}
-        self._hooks: dict[int, RescaleHook] = {}
+        self._hooks: OrderedDict[int, RescaleHook] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         """A hook carries along something of the original's, as an average of its weights."""
-        return {**vars(self), "_hooks": {}}
+        return {**vars(self), "_hooks": OrderedDict()}
 
     def register_hook(self, hook: RescaleHook) -> RemovableHandle:
         """Have a function called whenever the weights were rescaled."""
@@ -86,12 +87,13 @@ class Representative:
         for hook in tuple(self._hooks.values()):
             hook(group, t)
 
-    def refresh(self, model: nn.Module, batch: Batch) -> Balance | None:
+    def refresh(self, model: nn.Module, batch: Batch, before: Snapshot | None = None) -> Balance | None:
         """Find the representative of a model, and go there with ``"move"``; an exception changes nothing.
 
         Args:
             model: The plain module.
             batch: The batch.
+            before: What to go back to after an exception, the weights included; ``None``: to the state now.
 
         Returns:
             The balance; ``None`` if the model has no symmetry to use.
@@ -103,15 +105,16 @@ class Representative:
         if len(group) == 0:
             self.due, self.balance, self.log_scale = self.every, None, {}
             return None
-        before = Snapshot(self.optimizer)
+        if before is None:
+            before = Snapshot(self.optimizer)
+            before.keep_weights()
+        stream = self.optimizer.generator.get_state()
         normalised = bool(group.statistics) or group.inexact_normalizers > 0
         repeat = self.rebalance == "move" and self.balance is None and normalised
-        if repeat:
-            before.keep_weights()
         try:
             found, t = self._move(model, batch, group)
             for _ in range(_FIRST_ROUNDS - 1 if repeat else 0):
-                self.optimizer.generator.set_state(before.stream)  # other signs would lead somewhere else each time
+                self.optimizer.generator.set_state(stream)  # other signs would lead somewhere else each time
                 weights = [p.detach().clone() for p in self.optimizer.parameters()]
                 found, further = self._move(model, batch, group)
                 t = t + further

@@ -52,7 +52,8 @@ def ascent(
         quiet: Whether a gradient that is not finite is to be expected, as with a loss scale.
 
     Returns:
-        ε, or ``None`` if there is no direction: no gradient, a zero gradient, or one that is not finite (warned of).
+        ε; ``None`` if there is no direction, hence no other gradient to take: no gradient, or zero. For one that is not
+        finite, 0 and a warning: another gradient may be (``None`` if ``quiet``, so that a loss scaler sees it).
     """
     taking_part = [i for i, grad in enumerate(grads) if grad is not None]
     whole = [grad for grad in grads if grad is not None]
@@ -66,8 +67,9 @@ def ascent(
         # The one synchronisation of a step: a norm that is not finite must not reach the weights.
         norm = math.sqrt(_square(whole, g, raised, numbers))
         if not math.isfinite(norm) and not quiet:
-            message = "the gradient norm is not finite; this step goes on without a perturbation"
+            message = "the gradient norm is not finite; the step's gradient is taken without a perturbation"
             warnings.warn(message, NonFiniteWarning, stacklevel=2)
+            return Scaled([None] * len(grads), [0.0] * len(grads))
         if not math.isfinite(norm) or norm == 0.0:
             return None
     directions: list[Tensor | None] = [None] * len(grads)
@@ -152,16 +154,27 @@ def sam_plan(optimizer: SharpnessAware, metric: Callable[[], Metric], ascent_alo
     rho = [r * sign for r, sign in zip(optimizer.setting("rho"), optimizer.signs(), strict=True)]
     if not any(rho):
         yield None
-    elif ascent_along == "momentum":
-        # A function: after a refresh that is due in this pass, M and the momentum are others.
-        yield lambda: ascent(optimizer.momentum(), metric(), [-abs(r) for r in rho])
-    elif ascent_along == "previous":
-        yield lambda: ascent(optimizer.previous_gradients(), metric(), rho)
-    else:
+    elif ascent_along == "gradient":
         yield Probe()
         found = [ascent(optimizer.gradients(), metric(), rho, quiet=optimizer.expects_overflow)]
         if found[0] is not None or optimizer.passes_are_fixed:
             yield found.pop()  # no reference stays here: the second pass reuses the memory of the first one's gradients
+    else:
+        # A function: after a refresh that is due in this pass, M and the momentum are others.
+        yield lambda: _known_before(optimizer, metric, rho, ascent_along)
+
+
+def _known_before(
+    optimizer: SharpnessAware, metric: Callable[[], Metric], rho: list[float], ascent_along: Ascent
+) -> Perturbation:
+    """ε along a direction that is there before the pass; ``None`` in the first step, which has none."""
+    if ascent_along == "momentum":
+        directions, rho = optimizer.momentum(), [-abs(r) for r in rho]
+    else:
+        directions = optimizer.previous_gradients()
+    if all(direction is None for direction in directions):
+        return None
+    return ascent(directions, metric(), rho)
 
 
 class SAM(SharpnessAware):

