@@ -12,6 +12,7 @@ for an average of the weights, carry hooks that do nothing.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,7 @@ class Loop:
         self.takes = takes
         self._passes: Iterator[GradientPass] | None = None
         self._open: GradientPass | None = None
+        self._running = False  # a forward pass that belongs to the step is under way, or was interrupted
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         if module is not None:
             self._handles = [
@@ -86,6 +88,7 @@ class Loop:
             return
         if self._open is None and optimizer.ready:
             return  # explicit passes are done, and only the descent is to come
+        self._mend()
         first = self._open is None
         if first:
             self._passes = optimizer.loop_passes()
@@ -96,12 +99,30 @@ class Loop:
         except BaseException as error:
             self.fail(error)
             raise
+        self._running = True
 
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Put everything back where the forward pass has failed: hooks that are always called then get no output."""
-        if output is None and self._open is not None and self.of(module) is not None:
-            self.fail(RuntimeError("the forward pass failed"))
+        if self._running and self.of(module) is not None and not exporting():
+            self._running = False
+            if output is None:
+                self.fail(RuntimeError("the forward pass failed"))
         return None
+
+    def _mend(self) -> None:
+        """Put everything back after a KeyboardInterrupt in a forward pass, of which no hook is told."""
+        if self._running and not self._on_the_stack():
+            self.fail(KeyboardInterrupt())
+
+    def _on_the_stack(self) -> bool:
+        """Whether the module's forward pass is still under way."""
+        module = None if self._module is None else self._module()
+        frame = sys._getframe()
+        while frame.f_back is not None:
+            frame = frame.f_back
+            if frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is module:
+                return True
+        return False
 
     def before_state_dict(self, module: nn.Module, *_: Any) -> None:
         """Whoever saves the model saves the weights."""
@@ -127,13 +148,18 @@ class Loop:
 
     def interrupt(self) -> None:
         """Restore the weights; what the plan does after the pass is left to :meth:`finish`."""
+        self._mend()
+        self._restore()
+
+    def _restore(self) -> None:
+        """Leave the pass that is open."""
         open_, self._open = self._open, None
         if open_ is not None:
             open_.__exit__(None, None, None)
 
     def fail(self, error: BaseException) -> None:
         """Put everything back after an exception."""
-        open_, self._open, self._passes = self._open, None, None
+        open_, self._open, self._passes, self._running = self._open, None, None, False
         if open_ is not None:
             open_.__exit__(type(error), error, error.__traceback__)
 

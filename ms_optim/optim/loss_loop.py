@@ -21,7 +21,6 @@ Weights are restored at the end of the backward pass, and, where there was none,
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +49,6 @@ class LossLoop(Loop):
 
     def __init__(self, optimizer: SharpnessAware | None = None, module: nn.Module | None = None) -> None:
         self._inside = False  # a forward pass of our own is under way
-        self._running = False  # the one that was asked for is
         self._clean: Tensor | None = None  # the loss of the first pass
         self._scale = _LARGEST_SCALE
         super().__init__(optimizer, module, takes=True)
@@ -90,7 +88,7 @@ class LossLoop(Loop):
             try:
                 self._open = gradient_pass.__enter__()
                 self._probe(optimizer, gradient_pass, module, args, kwargs)
-                super().interrupt()
+                self._restore()
                 gradient_pass = next(passes)  # reads the gradients
             finally:
                 for p, grad in zip(optimizer.parameters(), held, strict=True):
@@ -158,7 +156,7 @@ class LossLoop(Loop):
         def restore() -> None:
             if self._open is open_:
                 try:
-                    super(LossLoop, self).interrupt()
+                    self._restore()
                 except BaseException as error:
                     self.fail(error)
                     raise
@@ -175,19 +173,9 @@ class LossLoop(Loop):
         if self._open is not None and not looks_itself:
             self.fail(RuntimeError("the backward pass was not run to its end"))
 
-    def _on_the_stack(self) -> bool:
-        """Whether the forward pass is still under way: a KeyboardInterrupt ends it without a hook being called."""
-        module = None if self._module is None else self._module()
-        frame = sys._getframe()
-        while frame.f_back is not None:
-            frame = frame.f_back
-            if frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is module:
-                return True
-        return False
-
     def fail(self, error: BaseException) -> None:
         """Put everything back after an exception."""
-        self._running, self._clean = False, None
+        self._clean = None
         super().fail(error)
 
 

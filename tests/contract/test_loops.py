@@ -173,6 +173,27 @@ def test_a_training_forward_between_explicit_passes_and_the_step_is_none_of_the_
     assert same(after(looking, case, mlp), after(explicit, case, mlp))
 
 
+@perturbed
+@every_network
+def test_a_backward_pass_that_fails_leaves_the_weights_as_they_are_without_a_perturbation(case: Case, network):
+    torch.manual_seed(0)
+    model = network()
+    optimizer = case.build(model, refresh_every=1000)
+    batches = samples(model, 4)
+    loop(model, optimizer, batches[:1])
+    clean = [p.detach().clone() for p in model.parameters()]
+    x, y = batches[1]
+    loss = cross_entropy(model(x), y)
+    loss.register_hook(lambda grad: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        loss.backward()
+    assert not same(clean, list(model.parameters()))
+    model.eval()(x)
+    assert same(clean, list(model.parameters()))
+    model.train()
+    loop(model, optimizer, batches[2:])
+
+
 def test_two_passes_cannot_be_taken_from_one():
     model = mlp()
     with pytest.raises(OptimizerError, match="no gradient passes"):
