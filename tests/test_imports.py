@@ -92,7 +92,7 @@ def test_the_reading_of_imports_sees_every_form(tmp_path, monkeypatch):
 def test_importing_the_package_imports_no_optional_or_heavy_library():
     heavy = {"timm", "torchvision", "sklearn", "matplotlib", "tqdm"}
     # Beyond what torch imports: torch.hub takes tqdm where it finds it.
-    code = "import sys, torch; known = set(sys.modules); import ms_optim; "
+    code = "import sys, torch; known = set(sys.modules); import ms_optim, ms_optim.integrations; "
     code += f"print(sorted({heavy} & (set(sys.modules) - known)))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
     assert run.stdout.strip() == "[]"
