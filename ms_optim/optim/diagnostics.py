@@ -98,7 +98,8 @@ class Observer:
         if not self.active:
             return
         if gradient_pass.loss is not None:
-            self._losses.append(float(gradient_pass.loss))
+            loss = gradient_pass.loss
+            self._losses.append(float(loss.detach() if isinstance(loss, Tensor) else loss))
         if self._passes == 0:
             grads = (p.grad for p in self.optimizer.parameters())
             self._first = [None if g is None else local(g).detach().clone() for g in grads]

@@ -53,7 +53,8 @@ class Loop:
         self._open: GradientPass | None = None
         self._running = False  # a forward pass that belongs to the step is under way, or was interrupted
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        if module is not None:
+        if optimizer is not None and module is not None:
+            self._supersede(optimizer, module)
             self._handles = [
                 module.register_forward_pre_hook(self.before_forward, prepend=True, with_kwargs=True),
                 module.register_state_dict_pre_hook(self.before_state_dict),
@@ -61,6 +62,21 @@ class Loop:
         if module is not None and takes:
             hook = module.register_forward_hook(self.after_forward, with_kwargs=True, always_call=True)
             self._handles.append(hook)
+
+    def _supersede(self, optimizer: SharpnessAware, module: nn.Module) -> None:
+        """Take the place of another optimizer of the same parameters, as of one that was built before and dropped.
+
+        Both would perturb, and the one that takes no more steps would never restore.
+        """
+        if not self.takes:
+            return
+        own = {id(p) for p in optimizer.parameters()}
+        for hook in list(module._forward_pre_hooks.values()):
+            other = getattr(hook, "__self__", None)
+            theirs = other.of(module) if isinstance(other, Loop) and other.takes else None
+            if theirs is not None and theirs is not optimizer and any(id(p) in own for p in theirs.parameters()):
+                assert isinstance(other, Loop)
+                other.detach()
 
     def __reduce__(self) -> tuple[type[Loop], tuple[()]]:
         """Of a copied or saved model, hooks that do nothing."""

@@ -104,7 +104,7 @@ def _times(gradient: Tensor, metric: Tensor) -> Tensor:
         return gradient * metric
     indices = gradient.indices()
     values = gradient.values() * metric[tuple(indices)]
-    return torch.sparse_coo_tensor(indices, values, gradient.shape, is_coalesced=True)
+    return torch.sparse_coo_tensor(indices, values, gradient.shape, check_invariants=False, is_coalesced=True)
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
