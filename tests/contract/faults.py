@@ -78,11 +78,14 @@ def drive(form: str, model: nn.Module, optimizer: Any, x: torch.Tensor, y: torch
                 optimizer.step()
             else:
                 optimizer.zero_grad()
-                module = optimizer.loss_module if form == "loss module" else None
-                loss = cross_entropy(model(x), y) if module is None else module(x, y)
-                # Behind the forward pass of a one-pass loop all is torch's own, and what fails there leaves what it
-                # leaves without us, but for the weights, which are not perturbed for long: see test_loops.py.
-                planted.stopped = planted.stopped or form == "loop"
+                if form == "loop":
+                    logits = model(x)
+                    # Behind the forward pass of a one-pass loop all is torch's own, and what fails there leaves what
+                    # it leaves without us, but for the weights, which are not perturbed for long: test_loops.py.
+                    planted.stopped = True
+                    loss = cross_entropy(logits, y)
+                else:
+                    loss = optimizer.loss_module(x, y)
                 loss.backward()
                 optimizer.step()
     finally:
