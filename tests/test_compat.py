@@ -415,6 +415,10 @@ def test_a_closure_runs_for_both_gradients_or_for_the_second():
     assert optimizer.step(closure) is calls[2] and len(calls) == 4
     closure_of(model, x, y)()
     assert optimizer.step(closure) is calls[4] and len(calls) == 5  # the first gradient was there
+    loss = cross_entropy(model(x), y)
+    optimizer.zero_grad()
+    loss.backward()
+    assert optimizer.step(closure) is calls[5] and len(calls) == 6
 
 
 def test_gradients_may_be_zeroed_in_place():
@@ -555,6 +559,24 @@ def test_parameters_of_no_module_are_trained():
         return [weight]
 
     assert same(run(two_steps), run(closure_alone)) and same(run(two_steps), run(gradient_first))
+
+
+def test_parameters_of_no_module_are_trained_after_a_step_that_a_scaler_skips():
+    weight = nn.Parameter(torch.ones(3, dtype=torch.float32))
+    optimizer = SAM([weight], rho=0.3, **SGD)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for factor, moves in ((1.0, True), (1e38, False), (1.0, True)):
+        before = weight.detach().clone()
+        for step in (optimizer.first_step, None):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", NonFiniteWarning)
+                scaler.scale(factor * weight.square().sum()).backward()
+                if step is not None:
+                    step(zero_grad=True)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert torch.equal(before, weight) is not moves
 
 
 def test_steps_out_of_order_are_refused():
