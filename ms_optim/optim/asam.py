@@ -22,38 +22,42 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import OptimizerError
+from .distributed import local
 from .engine import Plan, SharpnessAware
 from .sam import Ascent, sam_plan, taken_ascent
 
 Operator = Literal["official", "elementwise"]
 
 
-def official_operator(weight: Tensor, is_weight: bool, scale: float = 1.0, eta: float = 0.01) -> Tensor:
-    """T_{αW} = |αW| + η for a weight, 1 for anything else.
+def adaptive_metric(
+    weights: list[Tensor],  # W
+    is_weight: list[bool],
+    w: list[float],  # α^{-2}
+    eta: float = 0.0,  # η
+) -> list[Tensor]:
+    """M = w T_{αW}², with T_{αW} = |αW| + η for a weight and 1 for anything else.
 
     Args:
-        weight: W.
-        is_weight: Whether it counts as a weight.
-        scale: α.
+        weights: All parameters.
+        is_weight: Which count as weights; for the element-wise operator all of them, with η = 0.
+        w: The square of 1/α, per parameter.
         eta: η.
 
     Returns:
-        T, shaped as W.
+        One tensor per parameter, shaped as it.
     """
-    return weight.abs().mul_(scale).add_(eta) if is_weight else torch.ones_like(weight)
-
-
-def elementwise_operator(weight: Tensor, scale: float = 1.0) -> Tensor:
-    """T_{αW} = |αW|.
-
-    Args:
-        weight: W.
-        scale: α.
-
-    Returns:
-        T, shaped as W.
-    """
-    return weight.abs().mul_(scale)
+    with torch.no_grad():
+        metric = list(torch._foreach_abs(weights))
+        torch._foreach_mul_(metric, [x**-0.5 for x in w])
+        adapted = [m for m, counts in zip(metric, is_weight, strict=True) if counts]
+        if eta and adapted:
+            torch._foreach_add_(adapted, eta)
+        for m, counts in zip(metric, is_weight, strict=True):
+            if not counts:
+                m.fill_(1.0)
+        torch._foreach_mul_(metric, metric)
+        torch._foreach_mul_(metric, w)
+        return metric
 
 
 class ASAM(SharpnessAware):
@@ -112,11 +116,7 @@ class ASAM(SharpnessAware):
                 "operator='official' treats weights and biases differently and needs their names, and no module that "
                 "owns all the parameters was called in training; pass the model, or operator='elementwise'"
             )
-        triples = list(zip(self.names(), self.parameters(), self.scales("weights"), strict=True))
-        with torch.no_grad():
-            if self.operator == "elementwise":
-                return [elementwise_operator(p, w**-0.5).square_().mul_(w) for _, p, w in triples]
-            return [
-                official_operator(p, "weight" in name.rpartition(".")[2], w**-0.5, self.eta).square_().mul_(w)
-                for name, p, w in triples
-            ]
+        official = self.operator == "official"
+        is_weight = [not official or "weight" in name.rpartition(".")[2] for name in self.names()]
+        weights = [local(p).detach() for p in self.parameters()]
+        return adaptive_metric(weights, is_weight, self.scales("weights"), self.eta if official else 0.0)

@@ -14,60 +14,56 @@ Everything else happens here and around here:
   (:mod:`~ms_optim.optim.gradient_pass`, :mod:`~ms_optim.optim.randomness`);
 * the weights are taken to their representative now and then, in a forward pre-hook on the incoming batch, before the
   first forward of a step, so never between a forward and its backward (:mod:`~ms_optim.optim.representative`);
+* the model is watched, found if it was not given (:mod:`~ms_optim.optim.watcher`, :mod:`~ms_optim.optim.binding`);
 * passes are driven by a closure, explicitly, or by a loop that knows nothing of them (:mod:`~ms_optim.optim.loop`,
   :mod:`~ms_optim.optim.loss_loop`), on one process or several (:mod:`~ms_optim.optim.distributed`);
-* the base optimizer shares its parameter groups and state with us, hence schedulers, ``add_param_group`` and
-  checkpoints see one thing (:mod:`~ms_optim.optim.checkpoint`).
+* the base optimizer shares its parameter groups and state with us (:mod:`~ms_optim.optim.wrapper`,
+  :mod:`~ms_optim.optim.checkpoint`).
 
 Source: the passes form generalises IVON's context manager.
 """
 
 from __future__ import annotations
 
-import math
-import warnings
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
-from ..balancing import Balance
 from ..batch import Batch
 from ..curvature.parallel import unwrapped
-from ..errors import NoEffectWarning, OptimizerError, UnsupportedError
+from ..errors import OptimizerError, UnsupportedError
 from ..symmetry import ScaleGroup
 from . import checkpoint
 from .binding import Binding
+from .copies import Copies
 from .diagnostics import Observer, StepDiagnostics
-from .distributed import GroupChoice, Ranks, inside_wrapper, is_sharded, mixed_seed
+from .distributed import GroupChoice, Ranks, mixed_seed
 from .gradient_pass import GradientPass, Probe, Request, Snapshot, Turn
 from .gradients import copied, slices, weighted_sum
 from .loop import Loop
 from .loss_loop import LossLoop
-from .representative import Representative, RescaleHook
+from .representative import Representative
 from .requirements import (
     Buffers,
     MicroBatch,
     Rebalance,
     require_known_base,
     require_model,
-    require_nonnegative,
     require_own_parameters,
     require_range,
-    require_real_parameters,
 )
 from .schedule import Schedule, Watch
+from .watcher import Watcher
 
 Plan = Generator[Request | Probe, None, None]
 
 
-class SharpnessAware(Optimizer):
+class SharpnessAware(Watcher):
     """Base class of all optimizers here; subclasses are final and define :meth:`plan` only.
 
     Args:
@@ -153,7 +149,7 @@ class SharpnessAware(Optimizer):
         self._measuring = False
         self._pass: GradientPass | None = None
         self._names: list[str] = []
-        self.backup: list[Tensor] = []
+        self.backup, self.buffers_before, self.buffers_between = Copies(), Copies(), Copies()
         self.moved: list[tuple[ScaleGroup, Tensor]] = []  # the rescalings of this step
         self.kept: list[Tensor | None] = []  # the gradients of the step before, if the plan wants them
         self.keeps_gradients = False
@@ -184,11 +180,6 @@ class SharpnessAware(Optimizer):
         else:
             self.loop = Loop(self, self.model)
 
-    def _watch_end(self) -> None:
-        """Say when the run is over before the window opened."""
-        self._watch = Watch(type(self).__name__, self.schedule)
-        weakref.finalize(self, self._watch.end)
-
     def bind(self, model: nn.Module) -> None:
         """Take a model that was found for the parameters.
 
@@ -200,7 +191,7 @@ class SharpnessAware(Optimizer):
         self.loop = Loop(self, self.model, self._takes_loops)
         if self._pass is not None:
             self._pass.before.keep_buffers(self.model)
-            self._pass.keep_buffers(self.model)
+            self._pass.keep_buffers()
 
     def take_loops(self) -> None:
         """Take the passes of unmodified loops; for plans of one pass, at the end of their constructor."""
@@ -238,124 +229,9 @@ class SharpnessAware(Optimizer):
         """Yield the perturbation of each pass; see the module's docstring."""
 
     @property
-    def rebalance(self) -> Rebalance:
-        """``"move"``, ``"metric"`` or ``None``."""
-        return self.representative.rebalance
-
-    @property
-    def group(self) -> ScaleGroup | None:
-        """The scale group; ``None`` before it is discovered."""
-        return self.representative.group
-
-    @property
-    def balance(self) -> Balance | None:
-        """What the last refresh found."""
-        return self.representative.balance
-
-    @property
     def diagnostics(self) -> StepDiagnostics | None:
         """What the last step saw, with ``diagnose=True``."""
         return self.observer.found
-
-    @property
-    def refresh_due(self) -> bool:
-        """Whether the next forward pass of a step begins with a refresh."""
-        return self.rebalance is not None and self.representative.due <= 0
-
-    @property
-    def active(self) -> bool:
-        """Whether the next step has a part of our own, and is not one of the base optimizer alone."""
-        return self.schedule.active(self.steps)
-
-    @property
-    def needs_inputs(self) -> bool:
-        """Whether this step needs to see the model's inputs."""
-        return self.refresh_due or self.keeps_batches
-
-    @property
-    def device(self) -> torch.device:
-        """Of the parameters."""
-        return next((p.device for p in self.parameters()), torch.device("cpu"))
-
-    @property
-    def sharded(self) -> bool:
-        """Whether parameters are spread over ranks."""
-        return is_sharded(self.parameters())
-
-    def parameters(self) -> list[Tensor]:
-        """All parameters, in the order of the groups."""
-        return [p for entry in self.param_groups for p in entry["params"]]
-
-    def names(self) -> list[str]:
-        """Their names in the model (group and position, without a model)."""
-        return self._names
-
-    def setting(self, key: str) -> list[float]:
-        """A group setting (``rho``, ``strength``), per parameter.
-
-        Args:
-            key: Its name.
-
-        Returns:
-            One number per parameter.
-
-        Raises:
-            ValueError: If a schedule has made it negative.
-        """
-        for entry in self.param_groups:
-            require_nonnegative(key, entry[key])
-        return [float(entry[key]) for entry in self.param_groups for _ in entry["params"]]
-
-    def scales(self, which: Literal["log_scale", "weights", "trace_weights", "pulls"]) -> list[float]:
-        """A field of the balance, per parameter; what an unbalanced optimizer has where there is none.
-
-        Args:
-            which: The field.
-
-        Returns:
-            One number per parameter.
-        """
-        neutral = 1.0 if which in ("weights", "trace_weights") else 0.0
-        if self.balance is None:
-            return [neutral] * len(self.parameters())
-        values: dict[str, float] = getattr(self.balance, which)
-        return [values.get(name, neutral) for name in self._names]
-
-    def signs(self) -> list[float]:
-        """−1 for parameters along whose gradient the base optimizer ascends (``maximize``), else 1."""
-        return [-1.0 if entry.get("maximize", False) else 1.0 for entry in self.param_groups for _ in entry["params"]]
-
-    def momentum(self) -> list[Tensor | None]:
-        """The base optimizer's running average of gradients, per parameter; ``None`` where there is none yet."""
-        states = [self.base.state.get(p, {}) for p in self.parameters()]
-        return [state.get("momentum_buffer", state.get("exp_avg")) for state in states]
-
-    def previous_gradients(self) -> list[Tensor | None]:
-        """The gradients that the step before descended along, per parameter; ``None`` where there was none."""
-        return self.kept + [None] * (len(self.parameters()) - len(self.kept))
-
-    def gradients(self) -> list[Tensor | None]:
-        """``.grad`` of each parameter: what the last pass found."""
-        return [p.grad for p in self.parameters()]
-
-    @property
-    def passes_are_fixed(self) -> bool:
-        """Whether a step has to make all its passes, since others rely on their number."""
-        return self.loss_loop.begun or (self.m == "local" and self.ranks.group is not None)
-
-    def keeps_local(self, gradient_pass: GradientPass) -> bool:
-        """Whether the gradients of a pass are not to be averaged over ranks by a wrapper.
-
-        Args:
-            gradient_pass: The pass.
-
-        Returns:
-            Whether they are this rank's own.
-        """
-        if self.ranks.group is None:
-            return False
-        own = self.m == "local" or self.loss_loop.begun
-        return isinstance(self.m, int) or (own and not gradient_pass.descends)
 
     def passes(
         self, scaler: torch.amp.GradScaler | None = None, samples: int | None = None
@@ -515,82 +391,6 @@ class SharpnessAware(Optimizer):
         self.representative.due -= 1
         return loss
 
-    def refresh(self, inputs: Any) -> Balance | None:
-        """Find the representative now: discover (once), trace, solve, and with ``"move"`` rescale.
-
-        Disturbs neither modes, BatchNorm's statistics (beyond their covariant rescaling), nor the random streams.
-
-        Args:
-            inputs: A batch, as in :func:`ms_optim.hessian_trace`.
-
-        Returns:
-            The balance, also kept as ``optimizer.balance``; ``None`` if the model has no symmetry to use.
-
-        Raises:
-            OptimizerError: If the optimizer has no model, or a gradient pass is open, whose weights may be perturbed.
-        """
-        if self.model is None:
-            raise OptimizerError("refresh needs the network's graph; pass the model when building the optimizer")
-        self.interrupt()
-        if self._pass is not None:
-            raise OptimizerError(
-                "refresh was called inside a gradient pass, where the weights may be perturbed and are put back "
-                "afterwards; call it before passes()"
-            )
-        return self._refresh(Batch.of(inputs, self.model), None)
-
-    def _refresh(self, batch: Batch, before: Snapshot | None) -> Balance | None:
-        """The same, in full precision, with the state to go back to if it fails."""
-        assert self.model is not None
-        with torch.autocast(self.device.type, enabled=False):
-            return self.representative.refresh(self.model, batch, before)
-
-    def register_rescale_hook(self, hook: RescaleHook) -> RemovableHandle:
-        """Have ``hook(group, t)`` called whenever the weights were rescaled by ``group.rescale_(model, t)``.
-
-        For what has to move along, such as an average of the weights: ``lambda group, t: group.rescale_(average.module,
-        t, clamp=True)``.  If the step that contains the rescaling fails and is undone, it is called with −t.  Hooks are
-        not copied with the optimizer and not in its ``state_dict``.
-
-        Args:
-            hook: The function.
-
-        Returns:
-            A handle with ``remove()``.
-        """
-        return self.representative.register_hook(hook)
-
-    def rescale_kept(self, log_scale: dict[str, float]) -> None:
-        """Move the gradients that are kept along with the weights: by e^{-a}.
-
-        Args:
-            log_scale: a, by parameter name.
-        """
-        with torch.no_grad():
-            for name, grad in zip(self._names, self.kept, strict=False):
-                if grad is not None and log_scale.get(name):
-                    grad.mul_(math.exp(-log_scale[name]))
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters; see :meth:`torch.optim.Optimizer.add_param_group`.
-
-        Args:
-            param_group: As in torch; ``rho`` or ``strength`` may be given.
-
-        Raises:
-            OptimizerError: If a parameter is not the model's.
-        """
-        if not self._constructed:
-            super().add_param_group(param_group)
-            return
-        given = param_group["params"]
-        # A generator can be read once; torch reads it after us. (A set stays one: torch refuses it.)
-        params = given if isinstance(given, (Tensor, set)) else list(given)
-        param_group = {**self._settings, **param_group, "params": params}
-        self._check_group(param_group)
-        self.base.add_param_group(param_group)
-        self._share()
-
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state and groups as torch writes them, and our own under ``"ms_optim"``.
 
@@ -626,7 +426,7 @@ class SharpnessAware(Optimizer):
             raise OptimizerError("an optimizer was copied inside a gradient pass; leave the pass first")
         kept = {k: v for k, v in vars(self).items() if k != "step" and not k.startswith("_optimizer_")}
         nothing = {"loop": None, "loss_loop": None, "_binding": None, "_watch": None, "scaler": None}
-        return {**kept, **nothing, "backup": [], "moved": []}
+        return {**kept, **nothing, "moved": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy looks at the model that was copied with it."""
@@ -637,6 +437,11 @@ class SharpnessAware(Optimizer):
         self.loss_loop = LossLoop() if self.loss_module is None else LossLoop(self, self.loss_module)
         if self.model is None and self.steps == 0:
             self._binding = Binding(self)
+
+    def _watch_end(self) -> None:
+        """Say when the run is over before the window opened."""
+        self._watch = Watch(type(self).__name__, self.schedule)
+        weakref.finalize(self, self._watch.end)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -654,125 +459,6 @@ class SharpnessAware(Optimizer):
     def adds_to_gradient(self) -> bool:
         """Whether the plan adds something of its own to the gradient of the loss."""
         return False
-
-    def _share(self) -> None:
-        """One list of groups and one state for both optimizers: torch replaces them on loading."""
-        self.param_groups, self.state = self.base.param_groups, self.base.state
-        if self.model is None:
-            sizes = enumerate(len(entry["params"]) for entry in self.param_groups)
-            self._names = [f"{g}.{i}" for g, size in sizes for i in range(size)]
-        else:
-            known = {id(p): name for name, p in self.model.named_parameters()}
-            self._names = [known.get(id(p), "") for p in self.parameters()]
-
-    def signature(self) -> list[list[list[str]]]:
-        """Per group, the name and shape of each parameter."""
-        names = iter(self._names)
-        return [[[next(names), str(tuple(p.shape))] for p in entry["params"]] for entry in self.param_groups]
-
-    def _check_group(self, entry: dict[str, Any]) -> None:
-        """Refuse settings out of range, complex parameters and parameters that are not the model's."""
-        for key in self._settings:
-            require_nonnegative(key, entry[key])
-        given = entry["params"]
-        require_real_parameters([given] if isinstance(given, Tensor) else given, self.model)
-
-    @property
-    def looks_for_its_model(self) -> bool:
-        """Whether the module that owns the parameters has not been called yet."""
-        return self._binding is not None and self.model is None
-
-    def stop_looking(self) -> None:
-        """A pass or a step is done, and no module with all the parameters was called in training."""
-        assert self._binding is not None
-        self._binding.close()
-        self._binding = None
-        if self.model is None and (self.rebalance is not None or self._takes_loops):
-            warnings.warn(
-                f"no module that owns all the parameters of {type(self).__name__} was called in training in the first "
-                "step, so nothing is balanced or perturbed in an unmodified loop; pass the model: model=...",
-                NoEffectWarning,
-                stacklevel=3,
-            )
-            self.representative.rebalance = None
-
-    @contextmanager
-    def measuring(self) -> Iterator[None]:
-        """The model's forward passes inside are our own, and none of the loop's."""
-        self._measuring = True
-        try:
-            yield
-        finally:
-            self._measuring = False
-
-    @property
-    def busy(self) -> bool:
-        """Whether the model is being measured by the optimizer itself."""
-        return self._measuring
-
-    @property
-    def ready(self) -> bool:
-        """Whether all passes of a step are done, and its descent is not."""
-        return self._ready
-
-    @property
-    def inside_a_pass(self) -> bool:
-        """Whether a gradient pass is open."""
-        return self._pass is not None
-
-    @property
-    def inside_an_explicit_pass(self) -> bool:
-        """Whether one is that no loop has opened."""
-        return self._pass is not None and not (self.loop.open or self.loss_loop.open)
-
-    def opened(self, gradient_pass: GradientPass) -> None:
-        """A pass begins."""
-        self._pass = gradient_pass
-
-    def closed(self, gradient_pass: GradientPass) -> None:
-        """It ends."""
-        self._pass = None
-
-    def interrupt(self) -> None:
-        """Restore the weights that a loop has perturbed."""
-        self.loss_loop.interrupt()
-        self.loop.interrupt()
-
-    def drop(self) -> None:
-        """The same, and forget the step that the loop has begun."""
-        self.loss_loop.drop()
-        self.loop.drop()
-
-    def before_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], may_refresh: bool = True) -> None:
-        """What the first pass does before the model's forward: refresh if due, keep the batch.
-
-        Args:
-            args: The model's arguments.
-            kwargs: Those that are named.
-            may_refresh: Not if a forward of the same step came before.
-
-        Raises:
-            OptimizerError: If a wrapper is about to average gradients that were to stay local.
-        """
-        present = self._pass
-        if not torch.is_grad_enabled() or present is None or not present.first or self._measuring:
-            return
-        averages = inside_wrapper() and not self.loss_loop.begun
-        if averages and self.keeps_local(present) and not self.ranks.wrappers():
-            raise OptimizerError(
-                f"m={self.m!r} keeps gradients on their rank, and DistributedDataParallel is about to average them; "
-                "build the optimizer with the wrapped model, so that it can tell the wrapper"
-            )
-        batch = Batch(args, kwargs)
-        if self.keeps_batches:
-            self.batches.append(batch)
-        if self.refresh_due and may_refresh and present.refreshes:
-            with self.measuring():
-                present.before.keep_weights()
-                self._refresh(batch, present.before)
-        if present.waits:
-            present.waits = False
-            present.perturb()
 
 
 def _plain() -> Plan:

@@ -10,7 +10,7 @@ the weights change.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
@@ -20,11 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OptimizerError
+from .copies import Copies, copy_lists
 from .distributed import local, reshard
 from .randomness import Streams
 
 if TYPE_CHECKING:
     from .engine import SharpnessAware
+
+
+_PORTION_BYTES = 2**26
 
 
 @dataclass(frozen=True)
@@ -63,16 +67,20 @@ class Snapshot:
 
     Args:
         optimizer: The optimizer whose step begins.
+        alone: Whether it stands beside that of a step, and must not use its memory.
     """
 
-    def __init__(self, optimizer: SharpnessAware) -> None:
+    def __init__(self, optimizer: SharpnessAware, alone: bool = False) -> None:
         self.optimizer = optimizer
         self.stream = optimizer.generator.get_state()
-        self.streams = Streams.now(optimizer.parameters())
+        self.streams: Streams | None = None  # as the first pass begins: a loop may draw before
         representative = optimizer.representative
         self.schedule = (representative.due, representative.balance, representative.log_scale)
         self.moves = len(optimizer.moved)
-        self.copies: list[tuple[Tensor, Tensor]] = []
+        self.buffers: list[Tensor] = []
+        self._buffers = Copies() if alone else optimizer.buffers_before
+        self._weights = Copies()
+        self._buffers.forget()
         if optimizer.model is not None:
             self.keep_buffers(optimizer.model)
 
@@ -81,10 +89,10 @@ class Snapshot:
         optimizer = self.optimizer
         weights: list[Tensor] = [] if optimizer.model is None else list(optimizer.model.parameters())
         states = optimizer.base.state.values()
-        kept = [tensor for tensor in optimizer.kept if tensor is not None]
-        grads = [p.grad for p in weights if p.grad is not None]
+        kept = [tensor for tensor in optimizer.kept if tensor is not None and not tensor.is_sparse]
+        grads = [p.grad for p in weights if p.grad is not None and not p.grad.is_sparse]
         state = [value for state in states for value in state.values() if isinstance(value, Tensor)]
-        self._keep(weights + state + kept + grads)
+        self._weights.take(weights + state + kept + grads)
 
     def restore(self) -> None:
         """Put everything back, to the end even if interrupted."""
@@ -97,11 +105,11 @@ class Snapshot:
     def _restore(self) -> None:
         """Put everything back."""
         optimizer = self.optimizer
-        with torch.no_grad():
-            for tensor, copy in self.copies:
-                tensor.copy_(copy)
+        self._buffers.put_back()
+        self._weights.put_back()
         torch.clear_autocast_cache()
-        self.streams.restore()
+        if self.streams is not None:
+            self.streams.restore()
         optimizer.generator.set_state(self.stream)
         representative = optimizer.representative
         representative.due, representative.balance, representative.log_scale = self.schedule
@@ -110,12 +118,9 @@ class Snapshot:
             representative.announce(group, -t)
 
     def keep_buffers(self, model: nn.Module) -> None:
-        """Keep the buffers of a model that was not known before."""
-        self._keep(list(model.buffers()))
-
-    def _keep(self, tensors: list[Tensor]) -> None:
-        """Add copies of the tensors."""
-        self.copies += [(tensor, tensor.detach().clone()) for tensor in tensors]
+        """Keep the buffers of the model."""
+        self.buffers = list(model.buffers())
+        self._buffers.take(self.buffers)
 
 
 class Turn:
@@ -149,8 +154,7 @@ class Turn:
     def finish(self) -> None:
         """Leave the buffers as they are to be left."""
         with torch.no_grad():
-            for buffer, value in self.buffers:
-                buffer.copy_(value)
+            copy_lists([buffer for buffer, _ in self.buffers], [value for _, value in self.buffers])
         self.buffers = []
 
 
@@ -179,9 +183,7 @@ class GradientPass:
         self.done = False
         self.refreshes = first and turn.refreshes and optimizer.refresh_due
         self.waits = False
-        self._weights: list[Tensor] = []
-        self._saved: list[Tensor] = []
-        self._buffers: list[tuple[Tensor, Tensor]] = []
+        self._perturbed = False
         self._after: Streams | None = None  # where the first pass left the random streams
         self._open = ExitStack()
 
@@ -219,24 +221,24 @@ class GradientPass:
         now = Streams.now(optimizer.parameters())
         if turn.streams is None:
             turn.streams = now  # a loop may draw before it enters the pass
-            if turn.refreshes:
-                turn.before.streams = now
+            turn.before.streams = turn.before.streams or now
         else:
             self._after = now
             turn.streams.restore()
         if optimizer.keeps_local(self):
             self._open.enter_context(optimizer.ranks.unsynchronised())
+        optimizer.buffers_between.forget()
         if optimizer.model is not None:
-            self.keep_buffers(optimizer.model)
+            self.keep_buffers()
         # What a refresh will move, or a model that is still looked for, is waited for.
         self.waits = callable(self.perturbation) and self.first and (self.refreshes or optimizer.looks_for_its_model)
         if not self.waits:
             self.perturb()
 
-    def keep_buffers(self, model: nn.Module) -> None:
+    def keep_buffers(self) -> None:
         """Keep the buffers, if they are not to keep what this pass does to them."""
         if not self.first or self.optimizer.buffers == "last":
-            self._buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+            self.optimizer.buffers_between.take(self.before.buffers)
 
     def perturb(self) -> None:
         """Add the perturbation, once, keeping what was there."""
@@ -251,27 +253,20 @@ class GradientPass:
         pairs = zip(optimizer.parameters(), perturbation.directions, perturbation.factors, strict=True)
         taken = [(local(p), d, f) for p, d, f in pairs if d is not None]
         if taken:
-            weights = [p for p, _, _ in taken]
-            self._saved = _saved_copies(weights, optimizer.backup)
-            self._weights = weights  # last: from here on there is something to put back
-            with torch.no_grad():
-                if len({f for _, _, f in taken}) == 1 and not any(d.is_sparse for _, d, _ in taken):
-                    torch._foreach_add_(weights, [d for _, d, _ in taken], alpha=taken[0][2])
-                else:
-                    for p, d, f in taken:
-                        p.add_(d, alpha=f)
+            optimizer.backup.take([p for p, _, _ in taken])
+            self._perturbed = True
+            add_scaled(*(list(column) for column in zip(*taken, strict=True)))
             self._weights_changed()
 
     def _put_back(self, failed: bool) -> None:
         """Restore the weights, and the buffers if they are not to keep this pass's changes; all, if it has failed."""
-        with torch.no_grad():
-            if self._weights:
-                torch._foreach_copy_(self._weights, self._saved)
-                self._weights_changed()
-            if self.optimizer.buffers == "last" and not failed:
-                self.turn.buffers = [(buffer, buffer.detach().clone()) for buffer, _ in self._buffers]
-            for buffer, kept in self._buffers:
-                buffer.copy_(kept)
+        optimizer, between = self.optimizer, self.optimizer.buffers_between
+        if self._perturbed:
+            optimizer.backup.put_back()
+            self._weights_changed()
+        if optimizer.buffers == "last" and not failed:
+            self.turn.buffers = [(buffer, buffer.detach().clone()) for buffer in between.tensors]
+        between.put_back()
         if self._after is not None:
             self._after.restore()
         if failed:
@@ -318,14 +313,32 @@ class GradientPass:
             )
 
 
-def _saved_copies(weights: list[Tensor], backup: list[Tensor]) -> list[Tensor]:
-    """Copies of the weights, in tensors that live as long as the optimizer: allocating them anew costs more."""
-    fits = len(backup) == len(weights) and all(
-        b.shape == w.shape and b.dtype == w.dtype and b.device == w.device for b, w in zip(backup, weights, strict=True)
-    )
-    with torch.no_grad():
-        if not fits:
-            backup[:] = [torch.empty_like(w) for w in weights]
-        torch._foreach_copy_(backup, weights)
-    return backup
+def add_scaled(tensors: list[Tensor], directions: list[Tensor], factors: list[float]) -> None:
+    """tensor += factor · direction, entry by entry.
 
+    Args:
+        tensors: Changed in place.
+        directions: Of the same shapes; sparse ones, too.
+        factors: Numbers.
+    """
+    with torch.no_grad():
+        if len(set(factors)) == 1 and not any(d.is_sparse for d in directions):
+            torch._foreach_add_(tensors, directions, alpha=factors[0])
+            return
+        if not tensors[0].is_cuda or any(d.is_sparse for d in directions):
+            for tensor, direction, factor in zip(tensors, directions, factors, strict=True):
+                tensor.add_(direction, alpha=factor)
+            return
+        # On a GPU one kernel for many tensors beats one for each; their products are a temporary, so in portions.
+        for some in _portions(directions):
+            torch._foreach_add_(tensors[some], torch._foreach_mul(directions[some], factors[some]))
+
+
+def _portions(tensors: list[Tensor]) -> Iterator[slice]:
+    """Slices of about equal size in bytes."""
+    start = size = 0
+    for end, tensor in enumerate(tensors, 1):
+        size += tensor.numel() * tensor.element_size()
+        if size >= _PORTION_BYTES or end == len(tensors):
+            yield slice(start, end)
+            start, size = end, 0

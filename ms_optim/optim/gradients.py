@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OptimizerError
+from .copies import copy_lists
 from .distributed import local
 from .requirements import MicroBatch
 
@@ -58,8 +59,7 @@ def copied(grads: Gradients, into: Gradients) -> Gradients:
                 found.append(old)
             else:
                 found.append(None if grad is None else grad.detach().clone())
-        if targets:
-            torch._foreach_copy_(targets, sources)
+        copy_lists(targets, sources)
     return found
 
 

@@ -106,7 +106,7 @@ class Representative:
             self.due, self.balance, self.log_scale = self.every, None, {}
             return None
         if before is None:
-            before = Snapshot(self.optimizer)
+            before = Snapshot(self.optimizer, alone=True)
             before.keep_weights()
         stream = self.optimizer.generator.get_state()
         normalised = bool(group.statistics) or group.inexact_normalizers > 0

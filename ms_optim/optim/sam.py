@@ -63,7 +63,7 @@ def ascent(
         g = [local(grad).coalesce() if grad.is_sparse else local(grad) for grad in whole]
         metrics = [metric[i] for i in taking_part]
         numbers = [1.0 if isinstance(m, Tensor) else m for m in metrics]
-        raised = [_times(a, m) if isinstance(m, Tensor) else a for a, m in zip(g, metrics, strict=True)]
+        raised = _raised(g, metrics)
         # The one synchronisation of a step: a norm that is not finite must not reach the weights.
         norm = math.sqrt(_square(whole, g, raised, numbers))
         if not math.isfinite(norm) and not quiet:
@@ -81,20 +81,26 @@ def ascent(
 
 def _square(whole: list[Tensor], g: list[Tensor], raised: list[Tensor], numbers: list[float]) -> float:
     """Σ_q ⟨g_q, M_q g_q⟩, over this rank's parts g of the whole, M g = number · raised; NaN where it is not finite."""
-    plain = all(a is b for a, b in zip(g, raised, strict=True))
-    if plain and not any(a.is_sparse for a in g):
-        # In half precision the sum of squares would overflow at a norm of 256.
-        kind = torch.float32 if any(a.dtype in (torch.half, torch.bfloat16) for a in g) else None
-        norms = torch._foreach_norm(g, 2, dtype=kind)
-        if not is_sharded(whole):
-            found = torch.stack(norms).tolist()
-            return sum(m * n * n for m, n in zip(numbers, found, strict=True))
-        squares = [m * n.double().square() for m, n in zip(numbers, norms, strict=True)]
-    else:
+    sparse = any(a.is_sparse for a in g)
+    if sparse:
         squares = [m * _inner(a, b) for m, a, b in zip(numbers, g, raised, strict=True)]
-        if not is_sharded(whole):
-            return sum(torch.stack(squares).tolist())
-    return completed(squares, whole)
+        return completed(squares, whole) if is_sharded(whole) else sum(torch.stack(squares).tolist())
+    # In half precision the sum of squares would overflow at a norm of 256.
+    kind = torch.float32 if any(a.dtype in (torch.half, torch.bfloat16) for a in g) else None
+    if all(a is b for a, b in zip(g, raised, strict=True)):
+        norms, power = torch._foreach_norm(g, 2, dtype=kind), 2
+    else:  # a sum of products none of which is negative
+        norms, power = torch._foreach_norm(torch._foreach_mul(g, raised), 1, dtype=kind), 1
+    if is_sharded(whole):
+        return completed([m * n.double() ** power for m, n in zip(numbers, norms, strict=True)], whole)
+    return sum(m * n**power for m, n in zip(numbers, torch.stack(norms).tolist(), strict=True))
+
+
+def _raised(g: list[Tensor], metrics: list[float | Tensor]) -> list[Tensor]:
+    """M g where M is a tensor, g itself where it is a number."""
+    if all(isinstance(m, Tensor) for m in metrics) and not any(a.is_sparse for a in g):
+        return list(torch._foreach_mul(g, [local(m) for m in metrics if isinstance(m, Tensor)]))
+    return [_times(a, m) if isinstance(m, Tensor) else a for a, m in zip(g, metrics, strict=True)]
 
 
 def _times(gradient: Tensor, metric: Tensor) -> Tensor:

@@ -1,0 +1,233 @@
+"""Watcher: what an optimizer sees of its model: which it is, when it is called, with what, and in whose pass.
+
+A refresh runs on the incoming batch, before the first forward of a step, so never between a forward and its backward.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from ..balancing import Balance
+from ..batch import Batch
+from ..errors import NoEffectWarning, OptimizerError
+from .binding import Binding
+from .distributed import Ranks, inside_wrapper
+from .gradient_pass import GradientPass, Snapshot
+from .loop import Loop
+from .loss_loop import LossLoop
+from .representative import RescaleHook
+from .requirements import MicroBatch
+from .schedule import Schedule
+from .wrapper import Wrapper
+
+
+class Watcher(Wrapper):
+    """An optimizer that sees its model's forward passes; abstract.
+
+    Attributes:
+        ranks: The ranks that train the model together.
+        schedule: The steps with a part of our own.
+        m: How much of the batch shares a perturbation.
+        loop: The pass of an unmodified loop.
+        loss_loop: The passes of one around a module that returns the loss.
+        loss_module: That module.
+        batches: The inputs of the first pass, if the plan wants them.
+    """
+
+    ranks: Ranks
+    schedule: Schedule
+    m: MicroBatch
+    steps: int
+    loop: Loop
+    loss_loop: LossLoop
+    loss_module: nn.Module | None
+    batches: list[Batch]
+    keeps_batches: bool
+    _takes_loops: bool
+    _binding: Binding | None
+    _pass: GradientPass | None
+    _ready: bool
+    _measuring: bool
+
+    @property
+    def refresh_due(self) -> bool:
+        """Whether the next forward pass of a step begins with a refresh."""
+        return self.rebalance is not None and self.representative.due <= 0
+
+    @property
+    def active(self) -> bool:
+        """Whether the next step has a part of our own, and is not one of the base optimizer alone."""
+        return self.schedule.active(self.steps)
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether this step needs to see the model's inputs."""
+        return self.refresh_due or self.keeps_batches
+
+    @property
+    def passes_are_fixed(self) -> bool:
+        """Whether a step has to make all its passes, since others rely on their number."""
+        return self.loss_loop.begun or (self.m == "local" and self.ranks.group is not None)
+
+    def keeps_local(self, gradient_pass: GradientPass) -> bool:
+        """Whether the gradients of a pass are not to be averaged over ranks by a wrapper.
+
+        Args:
+            gradient_pass: The pass.
+
+        Returns:
+            Whether they are this rank's own.
+        """
+        if self.ranks.group is None:
+            return False
+        own = self.m == "local" or self.loss_loop.begun
+        return isinstance(self.m, int) or (own and not gradient_pass.descends)
+
+    def refresh(self, inputs: Any) -> Balance | None:
+        """Find the representative now: discover (once), trace, solve, and with ``"move"`` rescale.
+
+        Disturbs neither modes, BatchNorm's statistics (beyond their covariant rescaling), nor the random streams.
+
+        Args:
+            inputs: A batch, as in :func:`ms_optim.hessian_trace`.
+
+        Returns:
+            The balance, also kept as ``optimizer.balance``; ``None`` if the model has no symmetry to use.
+
+        Raises:
+            OptimizerError: If the optimizer has no model, or a gradient pass is open, whose weights may be perturbed.
+        """
+        if self.model is None:
+            raise OptimizerError("refresh needs the network's graph; pass the model when building the optimizer")
+        self.interrupt()
+        if self._pass is not None:
+            raise OptimizerError(
+                "refresh was called inside a gradient pass, where the weights may be perturbed and are put back "
+                "afterwards; call it before passes()"
+            )
+        return self._refresh(Batch.of(inputs, self.model), None)
+
+    def _refresh(self, batch: Batch, before: Snapshot | None) -> Balance | None:
+        """The same, in full precision, with the state to go back to if it fails."""
+        assert self.model is not None
+        with torch.autocast(self.device.type, enabled=False):
+            return self.representative.refresh(self.model, batch, before)
+
+    def register_rescale_hook(self, hook: RescaleHook) -> RemovableHandle:
+        """Have ``hook(group, t)`` called whenever the weights were rescaled by ``group.rescale_(model, t)``.
+
+        For what has to move along, such as an average of the weights: ``lambda group, t: group.rescale_(average.module,
+        t, clamp=True)``.  If the step that contains the rescaling fails and is undone, it is called with −t.  Hooks are
+        not copied with the optimizer and not in its ``state_dict``.
+
+        Args:
+            hook: The function.
+
+        Returns:
+            A handle with ``remove()``.
+        """
+        return self.representative.register_hook(hook)
+
+    @property
+    def looks_for_its_model(self) -> bool:
+        """Whether the module that owns the parameters has not been called yet."""
+        return self._binding is not None and self.model is None
+
+    def stop_looking(self) -> None:
+        """A pass or a step is done, and no module with all the parameters was called in training."""
+        assert self._binding is not None
+        self._binding.close()
+        self._binding = None
+        if self.model is None and (self.rebalance is not None or self._takes_loops):
+            warnings.warn(
+                f"no module that owns all the parameters of {type(self).__name__} was called in training in the first "
+                "step, so nothing is balanced or perturbed in an unmodified loop; pass the model: model=...",
+                NoEffectWarning,
+                stacklevel=3,
+            )
+            self.representative.rebalance = None
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """The model's forward passes inside are our own, and none of the loop's."""
+        self._measuring = True
+        try:
+            yield
+        finally:
+            self._measuring = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether the model is being measured by the optimizer itself."""
+        return self._measuring
+
+    @property
+    def ready(self) -> bool:
+        """Whether all passes of a step are done, and its descent is not."""
+        return self._ready
+
+    @property
+    def inside_a_pass(self) -> bool:
+        """Whether a gradient pass is open."""
+        return self._pass is not None
+
+    @property
+    def inside_an_explicit_pass(self) -> bool:
+        """Whether one is that no loop has opened."""
+        return self._pass is not None and not (self.loop.open or self.loss_loop.open)
+
+    def opened(self, gradient_pass: GradientPass) -> None:
+        """A pass begins."""
+        self._pass = gradient_pass
+
+    def closed(self, gradient_pass: GradientPass) -> None:
+        """It ends."""
+        self._pass = None
+
+    def interrupt(self) -> None:
+        """Restore the weights that a loop has perturbed."""
+        self.loss_loop.interrupt()
+        self.loop.interrupt()
+
+    def drop(self) -> None:
+        """The same, and forget the step that the loop has begun."""
+        self.loss_loop.drop()
+        self.loop.drop()
+
+    def before_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], may_refresh: bool = True) -> None:
+        """What the first pass does before the model's forward: refresh if due, keep the batch.
+
+        Args:
+            args: The model's arguments.
+            kwargs: Those that are named.
+            may_refresh: Not if a forward of the same step came before.
+
+        Raises:
+            OptimizerError: If a wrapper is about to average gradients that were to stay local.
+        """
+        present = self._pass
+        if not torch.is_grad_enabled() or present is None or not present.first or self._measuring:
+            return
+        averages = inside_wrapper() and not self.loss_loop.begun
+        if averages and self.keeps_local(present) and not self.ranks.wrappers():
+            raise OptimizerError(
+                f"m={self.m!r} keeps gradients on their rank, and DistributedDataParallel is about to average them; "
+                "build the optimizer with the wrapped model, so that it can tell the wrapper"
+            )
+        batch = Batch(args, kwargs)
+        if self.keeps_batches:
+            self.batches.append(batch)
+        if self.refresh_due and may_refresh and present.refreshes:
+            with self.measuring():
+                present.before.keep_weights()
+                self._refresh(batch, present.before)
+        if present.waits:
+            present.waits = False
+            present.perturb()
