@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +86,7 @@ def hessian_diagonal(
     probes: int = 1,  # m
     tolerance: float | None = None,
     generic: bool = True,
-    max_memory: int | None = None,
+    max_memory: int | Literal["pass"] | None = None,
     process_group: ProcessGroup | None = None,
     progress: bool | None = None,
 ) -> LayerDiagonals:

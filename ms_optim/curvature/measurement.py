@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batch import Batch, batches
-from ..errors import CurvatureError, MsOptimError
+from ..errors import CurvatureError, MemoryBudgetError, MsOptimError
 from .budget import Chunk, default_budget, keep_pages, plan_chunk
 from .evaluation import BatchStatistics, evaluation
 from .parallel import ProcessGroup, agree_on_success, own_generator, sum_over_ranks
@@ -208,7 +208,8 @@ class _Walk:
     def _plan(self, batch: Batch, index: int, statistics: BatchStatistics) -> Chunk | None:
         """How to split a batch; ``None``: not at all."""
         request, samples = self.request, batch.samples
-        if samples is None and request.max_memory is not None:
+        needed = isinstance(request.max_memory, int)
+        if samples is None and needed:
             raise self._unsplittable("takes inputs of different first axes")
         if samples is None or samples == 0:
             return None
@@ -216,20 +217,19 @@ class _Walk:
         if self.chunk is not None and shapes == self.shapes and samples <= self.planned:
             return self.chunk
         self.shapes, self.chunk, self.planned = shapes, None, samples
-        how = (request.statistics, request.entries, request.columns, request.generic)
+        how = (request.statistics, request.entries, request.columns, request.generic, request.max_memory)
         where = {(parameter.dtype, parameter.device) for parameter in self.parameters.values()}
         key = (samples, tuple(shapes), tuple(self.parameters), how, frozenset(where))
         plans = _PLANS.setdefault(self.model, {})
-        if request.max_memory is None and key in plans:
+        if not needed and key in plans:
             self.chunk = plans[key]
             return self.chunk
         # With statistics of the batch a chunk costs a forward pass of the whole besides: only to save memory.
-        large = 32 if statistics.of_batch else 1
+        large = 32 if statistics.of_batch and request.max_memory is None else 1
         small = samples <= _SMALL_SAMPLES * large and sum(t.numel() for t in batch.tensors) <= _SMALL_BYTES // 4 * large
-        if request.max_memory is None and small:
+        if not needed and small:
             return None
         few = min(2, samples)
-        needed = request.max_memory is not None
         try:
             with self._splitting(few, samples) if needed else contextlib.nullcontext():
                 reading = self._read(batch.rows(slice(0, few)), index)
@@ -247,18 +247,26 @@ class _Walk:
         device, item = reading.logits.device, reading.logits.element_size()
         entries = sum(v.numel() * v.element_size() for v in self.totals.values.values()) if request.entries else 0
         generic = 2 * item * sum(self.parameters[name].numel() for name in reading.generic)
-        self.chunk = plan_chunk(
-            reading.tape,
-            {name: rules for name, rules in reading.rules.items() if rules},
-            measured=few,
-            wanted=1 if reading.generic else samples,
-            columns=self.scheme.columns(reading.classes),
-            item=item,
-            budget=default_budget(device) if request.max_memory is None else request.max_memory,
-            fixed=generic + 4 * entries + 4 * samples * reading.classes * item,
-            cached=not statistics.of_batch and device.type == "cpu",
-        )
-        if request.max_memory is None and not reading.generic:  # the next one has to say again what is generic
+        budget = request.max_memory if isinstance(request.max_memory, int) else default_budget(device)
+        if request.max_memory == "pass":
+            budget = min(budget, reading.tape.activation_bytes * samples // few)
+        try:
+            self.chunk = plan_chunk(
+                reading.tape,
+                {name: rules for name, rules in reading.rules.items() if rules},
+                measured=few,
+                wanted=1 if reading.generic else samples,
+                columns=self.scheme.columns(reading.classes),
+                item=item,
+                budget=budget,
+                fixed=generic + 4 * entries + 4 * samples * reading.classes * item,
+                cached=not statistics.of_batch and device.type == "cpu",
+            )
+        except MemoryBudgetError:
+            if needed:
+                raise
+            return None  # a guess, of which nothing depends: whole
+        if not needed and not reading.generic:  # the next one has to say again what is generic
             plans[key] = self.chunk
         return self.chunk
 

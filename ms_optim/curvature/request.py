@@ -30,7 +30,7 @@ class Request:
         statistics: BatchNorm's.
         generator: Draws the signs.
         generic: Whether parameters without a rule go through the generic path.
-        max_memory: Bytes; ``None``: by the device.
+        max_memory: Bytes; ``None``: by the device; ``"pass"``: about what autograd keeps of one pass over the batch.
         progress: Whether to show progress; ``None``: on a terminal, when it takes long.
     """
 
@@ -42,7 +42,7 @@ class Request:
     statistics: Statistics
     generator: torch.Generator
     generic: bool = True
-    max_memory: int | None = None
+    max_memory: int | Literal["pass"] | None = None
     progress: bool | None = None
 
 
@@ -62,8 +62,9 @@ def checked_request(request: Request) -> Request:
     counted = {"columns": columns, "probes": probes, "max_memory": memory}
     for name, value in counted.items():
         whole = isinstance(value, Integral) and not isinstance(value, bool)
-        if not (whole or (value is None and name != "probes") or (name == "columns" and value == "rank")):
-            other = ", 'rank' or None" if name == "columns" else ""
+        word = {"columns": "rank", "max_memory": "pass"}.get(name)
+        if not (whole or (value is None and name != "probes") or (word is not None and value == word)):
+            other = "" if word is None else f", {word!r} or None"
             raise ValueError(f"{name} must be a whole number{other}, got {value!r}")
     if not (tolerance is None or isinstance(tolerance, Real)):
         raise ValueError(f"tolerance must be a positive number or None, got {tolerance!r}")
@@ -75,14 +76,14 @@ def checked_request(request: Request) -> Request:
         raise ValueError(f"tolerance must be a positive number, got {tolerance}; None does not adapt")
     if tolerance is not None and columns == "rank":
         raise ValueError("tolerance adds columns until a standard error is small; columns='rank' leaves none to add")
-    if memory is not None and memory < 1:
+    if isinstance(memory, Integral) and memory < 1:
         raise ValueError(f"max_memory must be a positive number of bytes, got {memory}; None asks the device")
     # NumPy's integers are not Python's, and a scheme tells r from None and "rank" by its type.
     return replace(
         request,
         columns=int(columns) if isinstance(columns, Integral) else columns,
         probes=int(probes),
-        max_memory=None if memory is None else int(memory),
+        max_memory=int(memory) if isinstance(memory, Integral) else memory,
     )
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -95,7 +95,7 @@ def hessian_trace(
     probes: int = 1,  # m
     tolerance: float | None = None,
     generic: bool = True,
-    max_memory: int | None = None,
+    max_memory: int | Literal["pass"] | None = None,
     process_group: ProcessGroup | None = None,
     progress: bool | None = None,
 ) -> LayerTraces:
@@ -130,7 +130,8 @@ def hessian_trace(
             (and the error may, seldom, be above the tolerance).
         generic: Whether parameters without a curvature rule are measured by gradients per sample: exact, but one
             forward pass for each sample. If not, they are an error.
-        max_memory: Bytes that may be taken for activations, columns and temporaries. ``None``: half of what is free.
+        max_memory: Bytes that may be taken for activations, columns and temporaries. ``None``: half of what is free;
+            ``"pass"``: about what a training pass over the same batch keeps, as for an optimizer's refresh.
             Batches are split along the first axis of their inputs to keep within it; if they cannot be, a given number
             of bytes is an error.
         process_group: Sum over its ranks, each of which passes its own data, at least one batch of it, and draws its

@@ -145,6 +145,7 @@ class Representative:
                 statistics="training",
                 generator=optimizer.generator,
                 process_group=ranks.group,
+                max_memory="pass",
             )
             found = balance(model, traces, group, self.gauge)
         if self.rebalance != "move":

@@ -474,3 +474,23 @@ def test_the_peak_does_not_grow_with_the_number_of_classes():
     # Logits, leading and signed columns, what they are made of; S itself would be a thousand times the logits.
     assert many <= few + 20 * logits
 
+
+
+def test_as_much_as_a_pass_keeps_is_split_and_finds_the_same():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(8, 10),
+    )  # fmt: skip
+    x = torch.randn(64, 3, 32, 32)
+    whole = hessian_trace(model, x, 2, statistics="batch", generator=torch.Generator().manual_seed(0))
+    seen = []
+    model[0].register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    parts = hessian_trace(
+        model, x, 2, statistics="batch", generator=torch.Generator().manual_seed(0), max_memory="pass"
+    )
+    assert 64 in seen and any(2 < rows < 64 for rows in seen)  # recorded whole, measured in parts
+    for name, value in whole.items():
+        assert parts[name] == pytest.approx(value, rel=1e-10)
+    with pytest.raises(ValueError, match="max_memory must be a whole number, 'pass' or None, got 'all'"):
+        hessian_trace(model, x, max_memory="all")
