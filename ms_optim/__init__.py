@@ -5,11 +5,13 @@ Curvature     hessian_trace, hessian_diagonal, LayerTraces, LayerDiagonals
 Balancing     balance, rebalance_, Balance
 Sharpness     minimum_sharpness
 Optimizers    MSSAM, MSRegularizedSGD, SAM, ASAM, SharpnessAware
+Checkup       doctor, Diagnosis, Finding: what goes wrong in a training loop without a word
 Errors        ms_optim.errors
 """
 
 from . import errors
 from .balancing import Balance, balance, rebalance_
+from .checkup import Diagnosis, Finding, doctor
 from .curvature import LayerDiagonals, LayerTraces, hessian_diagonal, hessian_trace
 from .optim import ASAM, MSSAM, SAM, MSRegularizedSGD, SharpnessAware
 from .sharpness import minimum_sharpness
@@ -22,12 +24,15 @@ __all__ = [
     "MSSAM",
     "SAM",
     "Balance",
+    "Diagnosis",
+    "Finding",
     "LayerDiagonals",
     "LayerTraces",
     "MSRegularizedSGD",
     "ScaleGroup",
     "SharpnessAware",
     "balance",
+    "doctor",
     "errors",
     "hessian_diagonal",
     "hessian_trace",

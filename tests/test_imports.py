@@ -21,7 +21,7 @@ FLOORS = [
     {"balancing"},
     {"sharpness"},
     {"optim"},
-    {"integrations", "compat"},
+    {"integrations", "compat", "checkup"},
     {"__init__"},
     {"demo", "train", "testing"},
 ]
