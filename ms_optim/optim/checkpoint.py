@@ -84,6 +84,8 @@ def read(optimizer: SharpnessAware, state_dict: dict[str, Any]) -> None:
     optimizer._share()
     if stream.numel() == optimizer.generator.get_state().numel():
         optimizer.generator.set_state(stream)
+    if int(own["steps"]) and optimizer.model is None and not _bound(own["parameters"]):
+        optimizer.stop_looking(quietly=True)  # there was no module in the first step either
     optimizer.steps, optimizer.seed = int(own["steps"]), int(own.get("seed", optimizer.seed))
     representative.due, representative.balance, representative.log_scale = due, restored, log_scale
     like = optimizer.parameters()
@@ -116,12 +118,13 @@ def _read_two_step_sam(optimizer: SharpnessAware, state_dict: dict[str, Any]) ->
     representative = optimizer.representative
     optimizer.steps, optimizer.kept = 0, []
     representative.due, representative.balance, representative.log_scale = 0, None, {}
+    translated = theirs[0]["adaptive"] and "adaptive" not in ours[0]
     lost = ", ".join(key for key in ("momentum", "betas") if ours[0].get(key))
     warnings.warn(
         "the state_dict was written by a two-step SAM (davda54/sam), which saves its groups and no state of its base "
         f"optimizer: {type(optimizer.base).__name__}{f' ({lost})' if lost else ''} starts anew, so the run differs "
         "from an uninterrupted one; warm up the learning rate if the loss jumps"
-        + (" (adaptive=True there is ms_optim.ASAM(operator='elementwise') here)" if theirs[0]["adaptive"] else ""),
+        + (" (adaptive=True there is ms_optim.ASAM(operator='elementwise') here)" if translated else ""),
         LostStateWarning,
         stacklevel=4,
     )

@@ -56,6 +56,7 @@ from .requirements import (
     require_model,
     require_own_parameters,
     require_range,
+    require_whole_batches,
 )
 from .schedule import Schedule, Watch
 from .watcher import Watcher
@@ -136,6 +137,8 @@ class SharpnessAware(Watcher):
                 f"base is an instance of {type(base).__name__}; pass the class, torch.optim.{type(base).__name__}, and "
                 "its arguments (lr=...) beside it"
             )
+        if not callable(base):
+            raise OptimizerError(f"base is {base!r}; pass a class of optimizers, such as torch.optim.SGD")
         require_range(settings, rebalance, refresh_every, columns, gauge, buffers, m)
         self.schedule = Schedule(every, start, end, total_steps)
         self.model = None if model is None else unwrapped(model)
@@ -217,6 +220,7 @@ class SharpnessAware(Watcher):
             OptimizerError: If it does not own the optimizer's parameters.
         """
         require_own_parameters(self.parameters(), module)
+        require_whole_batches(self.m)
         if not self._takes_loops:
             self.loss_loop.detach()
             self.loss_module = module
@@ -278,6 +282,7 @@ class SharpnessAware(Watcher):
         Returns:
             One context per pass.
         """
+        require_whole_batches(self.m)
         self.scaler, self.expects_overflow = None, False
         return self._passes([(slice(None), 1.0)], refreshes, zeroes=False)
 
@@ -375,13 +380,14 @@ class SharpnessAware(Watcher):
                 f"{type(self).__name__}.step() has no gradient passes to finish: call step(closure), or run "
                 "`for gradient_pass in optimizer.passes(): with gradient_pass: loss.backward()` before step()"
                 + (
-                    ", or optimizer.attach(module) once, to a module whose training forward returns the loss"
-                    if not self._takes_loops
-                    else ""
+                    ""
+                    if self._takes_loops
+                    else ", or optimizer.attach(module) once, to a module whose training forward returns the loss, or "
+                    "build it with ascent='momentum' or 'previous', which need one pass only"
                 )
             )
         if self._binding is not None:
-            self.stop_looking()
+            self.stop_looking(nothing_done=not self._ready)
         if self.keeps_gradients and self.schedule.active(self.steps + 1):
             self.kept = copied(self.gradients(), self.kept)
         self.base.step()
@@ -448,7 +454,7 @@ class SharpnessAware(Watcher):
         """What GradScaler asks for before it unscales and calls :meth:`step`: the only moment at which we see it."""
         self._stepped_by_scaler = True
         self.interrupt()  # the scaler may skip the step that would do so
-        if self.scaler is None and self.active and self.adds_to_gradient:
+        if self.scaler is None and self.active and self.adds_to_gradient and not self.loop.begun:
             raise OptimizerError(
                 f"{type(self).__name__} adds to a gradient that GradScaler is about to divide by the loss scale, and "
                 "did not know the scale; name the scaler: optimizer.passes(scaler=scaler)"

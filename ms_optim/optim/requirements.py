@@ -85,6 +85,22 @@ def require_real_parameters(given: Iterable[Any], model: nn.Module | None) -> No
             )
 
 
+def require_whole_batches(m: MicroBatch) -> None:
+    """Refuse a number of samples per perturbation where the size of the batch is a loop's own business.
+
+    Args:
+        m: As in :class:`SharpnessAware`.
+
+    Raises:
+        UnsupportedError: If it is a number.
+    """
+    if isinstance(m, int):
+        raise UnsupportedError(
+            f"m={m} samples are to share a perturbation, and an unmodified loop decides itself how many go through a "
+            "forward pass; accumulate over micro-batches of that size with m='local', or use passes(samples=len(x))"
+        )
+
+
 def require_known_base(base: Optimizer, rebalance: Rebalance) -> None:
     """Refuse at once what would fail at the first descent, or at the first refresh with state.
 

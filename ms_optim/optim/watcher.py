@@ -140,15 +140,22 @@ class Watcher(Wrapper):
         """Whether the module that owns the parameters has not been called yet."""
         return self._binding is not None and self.model is None
 
-    def stop_looking(self) -> None:
-        """A pass or a step is done, and no module with all the parameters was called in training."""
-        assert self._binding is not None
+    def stop_looking(self, nothing_done: bool = False, quietly: bool = False) -> None:
+        """A pass or a step is done, and no module with all the parameters was called in training.
+
+        Args:
+            nothing_done: Whether the step had no passes, which an unmodified loop makes with the model only.
+            quietly: Whether that is known already.
+        """
+        if self._binding is None:
+            return
         self._binding.close()
         self._binding = None
-        if self.model is None and (self.rebalance is not None or self._takes_loops):
+        if self.model is None and not quietly and (self.rebalance is not None or nothing_done):
+            lost = "balanced" if self.rebalance is not None else "perturbed in an unmodified loop"
             warnings.warn(
                 f"no module that owns all the parameters of {type(self).__name__} was called in training in the first "
-                "step, so nothing is balanced or perturbed in an unmodified loop; pass the model: model=...",
+                f"step, so nothing is {lost}; pass the model: model=...",
                 NoEffectWarning,
                 stacklevel=3,
             )

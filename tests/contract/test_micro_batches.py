@@ -8,7 +8,7 @@ from cases import CASES, Case, everything, known_group, mlp, same, samples
 from torch.nn.functional import cross_entropy
 
 import ms_optim
-from ms_optim.errors import OptimizerError
+from ms_optim.errors import OptimizerError, UnsupportedError
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 gradient_ascents = pytest.mark.parametrize(
@@ -109,3 +109,15 @@ def test_on_one_process_local_and_global_are_the_same(case: Case):
     for model, optimizer in zip(models, optimizers, strict=True):
         passes(model, optimizer, samples(model, 3))
     assert same(*(everything(m, o) for m, o in zip(models, optimizers, strict=True)))
+
+
+@every_case
+def test_unmodified_loops_have_micro_batches_of_their_own(case: Case):
+    model = mlp()
+    optimizer = case.build(model, m=4)
+    if case.passes == 1:
+        with pytest.raises(UnsupportedError, match="accumulate over micro-batches of that size with m='local'"):
+            model(samples(model, 1)[0][0])
+    else:
+        with pytest.raises(UnsupportedError, match="m=4 samples are to share a perturbation"):
+            optimizer.attach(model)

@@ -25,7 +25,6 @@ NAMES = list(OPTIMIZERS)
 OFF = {name: {"strength": 0.0} if name == "msreg" else {"rho": 0.0} for name in NAMES}
 every_name = pytest.mark.parametrize("name", NAMES)
 # In such a loop the penalty is added after unscaling, so that nothing stands in its way but the refusal.
-REFUSED = [pytest.mark.xfail(reason="MSRegularizedSGD refuses a scaler that it was not told", strict=True)]
 has_tasks = bool(TASKS) and hasattr(TASKS[0], "get_trainable_module")
 with_tasks = pytest.mark.skipif(not has_tasks, reason="timm before 1.0.27 has no such tasks")
 
@@ -221,7 +220,7 @@ def test_the_stock_loop_with_a_task_makes_the_passes(name, network, clip):
 
 
 @with_tasks
-@pytest.mark.parametrize("name", [pytest.param(n, marks=REFUSED if n == "msreg" else []) for n in NAMES])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_loss_scale_changes_nothing(name):
     found = []
     for scaler in (None, NativeScaler("cpu")):
@@ -379,7 +378,7 @@ RESUMED = [(name, scaled) for name in NAMES for scaled in (False, True)]
 
 @with_tasks
 @pytest.mark.parametrize(
-    ("name", "scaled"), [pytest.param(*row, marks=REFUSED if row == ("msreg", True) else []) for row in RESUMED]
+    ("name", "scaled"), RESUMED
 )
 def test_a_run_that_timm_resumes_is_the_uninterrupted_one(name, scaled, tmp_path):
     from timm.task import resume_task_checkpoint
@@ -547,9 +546,8 @@ def closure_of(optimizer, loss_of):
 
 
 # Until the first step is over, it waits for a model that could be found, after loading as well.
-WAITS = [pytest.mark.xfail(reason="a step of one pass is not perturbed while the model is looked for", strict=True)]
 TEMPLATE = [
-    pytest.param(name, how, options, id=f"{name}-{how}", marks=WAITS if (name, how) == ("msreg", "functions") else [])
+    pytest.param(name, how, options, id=f"{name}-{how}")
     for name in NAMES
     for how, options in (
         ("functions", functional(name)),

@@ -175,6 +175,8 @@ def test_a_base_optimizer_that_cannot_be_driven_is_refused_at_once():
         list(train(model, optimizer, samples(model, 3)))
     with pytest.raises(OptimizerError, match=r"instance of SGD; pass the class, torch\.optim\.SGD"):
         ms_optim.SAM(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(OptimizerError, match="base is 'adamw'; pass a class of optimizers"):
+        ms_optim.SAM(model, "adamw")
 
 
 @every_case

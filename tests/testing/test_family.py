@@ -13,16 +13,8 @@ from ms_optim.testing.family import FAMILY, subject
 SUBJECTS = [subject(case.kind, case.name, **case.options) for case in CASES]
 
 
-NAN, AVERAGES = "a_nan_in_the_first_gradient_poisons_nothing", "averages_of_all_batches_move_once_a_step"
-
-
 def marks(described: Subject, law: str) -> list[Any]:
-    """What is known to be broken, and what takes long and says little."""
-    rebalances = described.options.get("rebalance", "refresh_every" in described.options or None) is not None
-    if law == NAN and described.ascent == 1:
-        return [pytest.mark.xfail(strict=True, reason="without an ascent the step descends along the NaN")]
-    if law == AVERAGES and rebalances:
-        return [pytest.mark.xfail(strict=True, reason="torch.export cannot read BatchNorm(momentum=None) in training")]
+    """What takes long and says little."""
     return [pytest.mark.slow] if law.startswith("nothing_drifts") and "trace" in described.name else []
 
 
