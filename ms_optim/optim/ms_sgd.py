@@ -123,18 +123,18 @@ class MSRegularizedSGD(SharpnessAware):
         """
         deviations = [math.sqrt(2.0 * s * w) for s, w in zip(strength, self.scales("weights"), strict=True)]
         return [
-            self._normal(p).mul_(deviation) if p.requires_grad else None
+            self._normal(p, deviation) if p.requires_grad else None
             for p, deviation in zip(self.parameters(), deviations, strict=True)
         ]
 
-    def _normal(self, parameter: Tensor) -> Tensor:
-        """N(0, 1) for every entry that this rank has, equal where two ranks have the same."""
+    def _normal(self, parameter: Tensor, deviation: float) -> Tensor:
+        """N(0, deviation²) for every entry that this rank has, equal where two ranks have the same."""
         part, generator = local(parameter), self.generator
         index = shard_index(parameter)
         if index:
             seed = mixed_seed(int(torch.randint(2**62, (), generator=generator, device=generator.device)), index)
             generator = torch.Generator(generator.device).manual_seed(seed)
-        return torch.randn(part.shape, generator=generator, device=part.device, dtype=part.dtype)
+        return torch.empty_like(part).normal_(0.0, deviation, generator=generator)
 
     def average_with(self, other: list[Tensor | None]) -> None:
         """Make ``.grad`` the mean of itself and other gradients, 0 where one is absent.
