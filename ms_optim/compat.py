@@ -92,12 +92,12 @@ class TwoStep(Loop):
         return self._passes is not None and self._passes is self._second
 
     @_disable_dynamo
-    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin the first pass."""
         if not (module.training and torch.is_grad_enabled()):
             return
         passes = self._passes
-        super()._before_forward(module, args, kwargs)
+        super().before_forward(module, args, kwargs)
         optimizer = self.of(module)
         if optimizer is not None and self._passes is not passes:
             self._before = _versions(optimizer)

@@ -9,8 +9,9 @@ mode (early in training the running ones are fresh or stale and describe another
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -83,6 +84,13 @@ class BatchStatistics:
         norm._buffers["running_mean"], norm._buffers["running_var"] = mean, variance
 
 
+def _eagerly() -> AbstractContextManager[Any]:
+    """Modules that were compiled in place run as they were written: a compiled graph hides the uses of parameters."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and to import the compiler takes seconds
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
 @contextmanager
 def evaluation(model: nn.Module, statistics: Statistics = "running") -> Iterator[BatchStatistics]:
     """Run the model in evaluation mode, with gradients, and leave no trace of it.
@@ -121,7 +129,8 @@ def evaluation(model: nn.Module, statistics: Statistics = "running") -> Iterator
     devices = {device for device in where if device.type == "cuda"}
     kind = where[0].type if where else "cpu"
     try:
-        with torch.random.fork_rng(devices=list(devices)), torch.enable_grad(), torch.autocast(kind, enabled=False):
+        here = (torch.random.fork_rng(devices=list(devices)), torch.enable_grad(), torch.autocast(kind, enabled=False))
+        with here[0], here[1], here[2], _eagerly():
             for module, training in modes:
                 if training:  # an assignment is slow, and most measurements are of models in evaluation mode
                     module.training = False

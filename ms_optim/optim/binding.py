@@ -46,16 +46,11 @@ class Binding:
         """Stop looking."""
         self._hook.remove()
 
-    def _before_forward(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Look at a forward pass, outside of whatever compiles or exports it."""
-        if not exporting():
-            self._look(module, args)
-
     @_disable_dynamo
-    def _look(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Take the module, if it owns all parameters and is called in training."""
         optimizer = self._optimizer()
-        if optimizer is None or not (module.training and torch.is_grad_enabled()):
+        if optimizer is None or exporting() or not (module.training and torch.is_grad_enabled()):
             return
         owned = {id(p) for p in module.parameters()}
         parameters = optimizer.parameters()

@@ -82,16 +82,12 @@ class Loop:
         """Of a copied or saved model, hooks that do nothing."""
         return Loop, ()
 
-    def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Look at a forward pass, outside of whatever compiles or exports it."""
-        if not exporting():
-            self._before_forward(module, args, kwargs)
-
+    # (Not compiled with a compiled module, which calls it.)
     @_disable_dynamo
-    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin a pass, or keep the batch of one that has begun, or get out of the way."""
         optimizer = self.of(module)
-        if optimizer is None or optimizer.busy:
+        if optimizer is None or optimizer.busy or exporting():
             return
         if optimizer.inside_an_explicit_pass:
             optimizer.before_forward(args, kwargs)
@@ -117,6 +113,7 @@ class Loop:
             raise
         self._running = True
 
+    @_disable_dynamo
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Put everything back where the forward pass has failed: hooks that are always called then get no output."""
         if self._running and self.of(module) is not None and not exporting():

@@ -58,10 +58,10 @@ class LossLoop(Loop):
         return LossLoop, ()
 
     @_disable_dynamo
-    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Make all passes but the last, and perturb for that one."""
         optimizer = self.of(module)
-        if optimizer is None or optimizer.busy or self._inside or optimizer.inside_an_explicit_pass:
+        if optimizer is None or optimizer.busy or self._inside or exporting() or optimizer.inside_an_explicit_pass:
             return
         optimizer.interrupt()
         if not (module.training and torch.is_grad_enabled()) or (optimizer.ready and self._passes is None):
@@ -133,6 +133,7 @@ class LossLoop(Loop):
             self._clean = loss.detach()
         gradient_pass.loss = loss.detach()
 
+    @_disable_dynamo
     def after_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
