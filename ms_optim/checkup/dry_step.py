@@ -41,7 +41,8 @@ def doctor(
     elsewhere, as a batch from a loader, is gone: take it outside.
 
     It needs memory for copies of weights, optimizer state and gradients.  With several ranks all of them call it, and
-    they compare what they saw.  A compiled model is watched from outside.
+    they compare what they saw; of weights that are sharded over them, each sees its part.  A compiled model is watched
+    from outside.
 
     Args:
         model: The module that the loop calls, wrapped or not.
@@ -73,8 +74,8 @@ def doctor(
     (True, [0.0, 0.05])
     """
     _require(model, optimizer, step)
-    inner = _watched(model)
     kept = Kept(optimizer, model, scaler, *others)
+    inner, optimizer = _watched(model), _unwrapped(optimizer)
     seen = _observation(inner, optimizer)
     try:
         Recorder(inner, seen, kept).run(step)
@@ -108,6 +109,7 @@ def _require(model: Any, optimizer: Any, step: Any) -> None:
             f"none of the {len(parameters)} parameters of {type(optimizer).__name__} is one of "
             f"{type(model).__name__}'s; pass the model that it trains"
         )
+    optimizer = _unwrapped(optimizer)
     if isinstance(optimizer, SharpnessAware):
         loops = (optimizer.loop, optimizer.loss_loop)
         if optimizer.ready or optimizer.inside_a_pass or any(loop.begun for loop in loops):
@@ -115,6 +117,12 @@ def _require(model: Any, optimizer: Any, step: Any) -> None:
                 f"{type(optimizer).__name__} is in the middle of a step; call doctor between two steps, before the "
                 "forward pass"
             )
+
+
+def _unwrapped(optimizer: Optimizer) -> Optimizer:
+    """The optimizer inside a framework's, which has the other as ``.optimizer``."""
+    inner = getattr(optimizer, "optimizer", None)
+    return _unwrapped(inner) if isinstance(inner, Optimizer) else optimizer
 
 
 def _watched(model: nn.Module) -> nn.Module:

@@ -250,6 +250,27 @@ def test_the_error_of_a_step_is_kept():
     assert isinstance(diagnosis.error, RuntimeError) and str(diagnosis.error) == "planted"
 
 
+class Wrapped(torch.optim.Optimizer):
+    """What frameworks put around an optimizer."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    @property
+    def param_groups(self):
+        return self.optimizer.param_groups
+
+    def step(self, closure=None):
+        return self.optimizer.step(closure)
+
+
+def test_an_optimizer_of_ours_is_seen_inside_that_of_a_framework():
+    model = mlp()
+    optimizer = Wrapped(ms_optim.SAM(model, rho=0.0, lr=0.1, start=3))
+    diagnosis = doctor(model, optimizer, by_closure(optimizer.optimizer, model, *samples(model, 1)[0]))
+    assert diagnosis.healthy and names(diagnosis.notes) == {"zero_radius", "window_closed"}
+
+
 def test_misuse_is_refused():
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -186,6 +186,39 @@ def test_under_autocast_too():
     assert state_of(loop.model, loop.optimizer) == before
 
 
+@pytest.mark.parametrize("autocast", ["step", "pass"])
+def test_what_comes_after_a_pass_under_autocast_sees_what_it_would_see_without(autocast):
+    loop = two_step(convnet, autocast=autocast)
+    seen = []
+    loop.model[0].register_forward_hook(lambda *_: seen.append("forward"))
+
+    def step():
+        loop.step()
+        loop.model[0](torch.zeros(1, 1, 6, 6, dtype=torch.float32))
+        seen.append(torch.rand(3).tolist())
+        seen.append([p.grad.tolist() for p in loop.model.parameters()])
+        seen.append([b.tolist() for b in loop.model.buffers()])
+
+    doctor(loop.model, loop.optimizer, step)
+    watched, seen[:] = list(seen), []
+    step()
+    assert watched == seen and seen.count("forward") == 3
+
+
+@pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1)], ids=["a number", "a tensor"])
+def test_a_loop_finds_its_learning_rate_after_the_descent(rate):
+    model = convnet()
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+    batch, rates = samples(model, 1)[0], []
+
+    def step():
+        optimizer.step(closure_of(model, optimizer, batch))
+        rates.append(optimizer.param_groups[0]["lr"])
+
+    doctor(model, optimizer, step)
+    assert rates[0] is rate
+
+
 def test_a_model_that_is_found_is_lost_again():
     model = convnet()
     optimizer = ms_optim.MSSAM(model.parameters(), lr=0.1)
