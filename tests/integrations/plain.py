@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import ms_optim
 from ms_optim.demo.training import digits
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 STEPS = 6
 BATCH = 32
 
@@ -158,6 +160,3 @@ def not_yet(request: pytest.FixtureRequest, reason: str, condition: bool = True)
     """Expect the test that asks to fail: it says what is to be, and turns red as soon as it is."""
     if condition:
         request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
-
-
-SCALED_TRACE = "a trace is refused in unmodified loops with a scaler, though it is added after the gradient is unscaled"

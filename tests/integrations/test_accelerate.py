@@ -12,7 +12,7 @@ import torch
 from cases import everything, same
 from integrations.plain import (
     ALL,
-    SCALED_TRACE,
+    EXAMPLES,
     STEPS,
     TWO_PASSES,
     Plain,
@@ -123,8 +123,7 @@ def test_every_loop_gives_the_bits_of_a_plain_one(name, kind, how):
 
 @every
 @pytest.mark.parametrize("how", ["passes", "loop"])
-def test_float16_with_its_scaler_gives_the_bits_of_a_plain_loop(name, how, request):
-    not_yet(request, SCALED_TRACE, how == "loop" and name == "MSReg[trace]")
+def test_float16_with_its_scaler_gives_the_bits_of_a_plain_loop(name, how):
     how = "attach" if how == "loop" and name in TWO_PASSES else how
     accelerator, plain = precision("fp16")
     run = Run(accelerator, name, how).run()
@@ -188,8 +187,7 @@ def test_an_unmodified_loop_without_attach_is_refused(name):
 
 @every
 @pytest.mark.parametrize("kind", ["no", "bf16", "fp16"])
-def test_clipping_acts_on_the_last_gradient_alone(name, kind, request):
-    not_yet(request, SCALED_TRACE, kind == "fp16" and name == "MSReg[trace]")
+def test_clipping_acts_on_the_last_gradient_alone(name, kind):
     how = "attach" if name in TWO_PASSES else "loop"
     accelerator, plain = precision(kind)
     run = Run(accelerator, name, how).run(clip=0.1)
@@ -211,8 +209,7 @@ def test_batches_that_share_a_step_and_a_schedule_of_the_rate(name):
 
 @every
 @pytest.mark.parametrize("kind", ["no", "fp16"])
-def test_a_run_goes_on_from_a_checkpoint(name, kind, tmp_path, request):
-    not_yet(request, SCALED_TRACE, kind == "fp16" and name == "MSReg[trace]")
+def test_a_run_goes_on_from_a_checkpoint(name, kind, tmp_path):
     how = "attach" if name in TWO_PASSES else "loop"
 
     def start():
@@ -227,7 +224,7 @@ def test_a_run_goes_on_from_a_checkpoint(name, kind, tmp_path, request):
 
 @pytest.mark.parametrize("kind", ["no", "bf16"])
 def test_the_example(kind):
-    assert runpy.run_path("examples/with_accelerate.py")["main"](epochs=3, precision=kind) > 0.9
+    assert runpy.run_path(str(EXAMPLES / "with_accelerate.py"))["main"](epochs=3, precision=kind) > 0.9
 
 
 @pytest.mark.cuda

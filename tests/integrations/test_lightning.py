@@ -13,7 +13,7 @@ import torch
 from cases import same
 from integrations.plain import (
     ALL,
-    SCALED_TRACE,
+    EXAMPLES,
     STEPS,
     TWO_PASSES,
     Plain,
@@ -118,8 +118,7 @@ def fit(module, steps=STEPS, parts=1, resume=None, **options):
 
 @every
 @pytest.mark.parametrize("kind", ["32", "bf16", "16"])
-def test_the_automatic_loop_gives_the_bits_of_a_plain_one(name, kind, request):
-    not_yet(request, SCALED_TRACE, kind == "16" and name == "MSReg[trace]")
+def test_the_automatic_loop_gives_the_bits_of_a_plain_one(name, kind):
     ours, plain = precision(kind)
     module = Module(name, attach=name in TWO_PASSES)
     fit(module, **ours)
@@ -153,7 +152,6 @@ def test_in_16_bits_there_is_no_closure_and_the_error_names_the_way(name):
 @every
 @pytest.mark.parametrize("kind", ["32", "bf16", "16"])
 def test_clipping_acts_on_the_last_gradient_alone(name, kind, request):
-    not_yet(request, SCALED_TRACE, kind == "16" and name == "MSReg[trace]")
     not_yet(request, EVERY_PASS, kind == "32" and name in TWO_PASSES)
     not_yet(request, ASKED, kind == "bf16")
     ours, plain = precision(kind)
@@ -177,7 +175,6 @@ def test_clipping_every_entry_leaves_the_way_to_the_second_pass_alone(name, requ
 @every
 @pytest.mark.parametrize("kind", ["32", "16"])
 def test_batches_that_share_a_step(name, kind, request):
-    not_yet(request, SCALED_TRACE, kind == "16" and name == "MSReg[trace]")
     not_yet(request, LOST, kind == "32")
     ours, plain = precision(kind)
     module = Module(name, attach=name in TWO_PASSES)
@@ -207,8 +204,7 @@ def test_a_schedule_of_the_rate(name):
 
 @every
 @pytest.mark.parametrize("kind", ["32", "16"])
-def test_a_run_goes_on_from_a_checkpoint(name, kind, tmp_path, request):
-    not_yet(request, SCALED_TRACE, kind == "16" and name == "MSReg[trace]")
+def test_a_run_goes_on_from_a_checkpoint(name, kind, tmp_path):
     def module():
         return Module(name, attach=name in TWO_PASSES, schedule=one_cycle)
 
@@ -226,7 +222,7 @@ def test_a_run_goes_on_from_a_checkpoint(name, kind, tmp_path, request):
 
 @pytest.mark.parametrize("kind", ["32", "bf16-mixed"])
 def test_the_example(kind):
-    assert runpy.run_path("examples/with_lightning.py")["main"](epochs=3, precision=kind) > 0.9
+    assert runpy.run_path(str(EXAMPLES / "with_lightning.py"))["main"](epochs=3, precision=kind) > 0.9
 
 
 @pytest.mark.cuda

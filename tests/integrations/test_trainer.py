@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 from cases import same
-from integrations.plain import ONE_PASS, STEPS, TWO_PASSES, build, left, not_yet
+from integrations.plain import EXAMPLES, ONE_PASS, STEPS, TWO_PASSES, build, left, not_yet
 from sklearn.datasets import load_digits
 from torch.nn.utils import clip_grad_norm_
 
@@ -242,7 +242,7 @@ def test_the_representative_of_a_model_with_labels_is_the_same_network(model, ba
 
 
 def test_the_example():
-    accuracy = runpy.run_path("examples/with_trainer.py")["main"](epochs=4)
+    accuracy = runpy.run_path(str(EXAMPLES / "with_trainer.py"))["main"](epochs=4)
     assert accuracy > 0.5
 
 
