@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .distributed import local
+
 
 class Copies:
     """Copies of some tensors.
@@ -28,12 +30,13 @@ class Copies:
         return Copies, ()
 
     def take(self, tensors: Sequence[Tensor]) -> None:
-        """Copy the tensors as they are.
+        """Copy the tensors as they are, of sharded ones this rank's part.
 
         Args:
             tensors: The tensors.
         """
         self.tensors = []
+        tensors = [local(tensor) for tensor in tensors]
         memory = self._memory
         fits = len(memory) == len(tensors) and all(
             a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
@@ -43,7 +46,7 @@ class Copies:
             if not fits:
                 self._memory = [torch.empty_like(t) for t in tensors]
             copy_lists(self._memory, tensors)
-        self.tensors = list(tensors)  # last: from here on there is something to put back
+        self.tensors = tensors  # last: from here on there is something to put back
 
     def put_back(self) -> None:
         """Make the tensors again what they were."""
