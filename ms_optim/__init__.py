@@ -6,6 +6,7 @@ Balancing     balance, rebalance_, Balance
 Sharpness     minimum_sharpness
 Optimizers    MSSAM, MSRegularizedSGD, SAM, ASAM, SharpnessAware
 Checkup       doctor, Diagnosis, Finding: what goes wrong in a training loop without a word
+Beside        ms_optim.testing (laws for any optimizer), ms_optim.integrations.timm, ms_optim.compat (davda54's SAM)
 Errors        ms_optim.errors
 """
 
