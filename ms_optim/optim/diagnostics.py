@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .distributed import completed, local
+from .wrapper import Part
 
 if TYPE_CHECKING:
     from .engine import SharpnessAware
@@ -52,7 +53,7 @@ class StepDiagnostics:
         return math.sqrt(sum(value * value for value in self.perturbation.values()))
 
 
-class Observer:
+class Observer(Part):
     """Collects the diagnostics of one step after another.
 
     Args:
@@ -64,7 +65,8 @@ class Observer:
     """
 
     def __init__(self, optimizer: SharpnessAware, active: bool) -> None:
-        self.optimizer, self.active = optimizer, active
+        super().__init__(optimizer)
+        self.active = active
         self.found: StepDiagnostics | None = None
         self._losses: list[float] = []
         self._first: list[Tensor | None] = []
@@ -123,7 +125,7 @@ class Observer:
 
     def __getstate__(self) -> dict[str, Any]:
         """Between steps there is nothing but what was found."""
-        return {**vars(self), "_first": []}
+        return {**super().__getstate__(), "_first": []}
 
     def _cosine(self) -> float:
         """Of the first gradient and the present one."""

@@ -437,6 +437,8 @@ class SharpnessAware(Watcher):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy looks at the model that was copied with it."""
         super().__setstate__(state)
+        self.representative.belongs_to(self)
+        self.observer.belongs_to(self)
         self._watch_end()
         self._watch.steps = self.steps
         self.loop = Loop() if self.model is None else Loop(self, self.model, self._takes_loops)

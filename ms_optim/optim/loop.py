@@ -34,6 +34,12 @@ def exporting() -> bool:
     return bool(getattr(torch.compiler, "_is_compiling_flag", False) if flag is None else flag)
 
 
+def _remove(handles: list[torch.utils.hooks.RemovableHandle]) -> None:
+    """Take hooks off their module."""
+    for handle in handles:
+        handle.remove()
+
+
 class Loop:
     """The pass that is under way in an ordinary loop, if one is.
 
@@ -62,6 +68,8 @@ class Loop:
         if module is not None and takes:
             hook = module.register_forward_hook(self.after_forward, with_kwargs=True, always_call=True)
             self._handles.append(hook)
+        if optimizer is not None:  # whose hooks are of no use without it
+            weakref.finalize(optimizer, _remove, self._handles)
 
     def _supersede(self, optimizer: SharpnessAware, module: nn.Module) -> None:
         """Take the place of another optimizer of the same parameters, as of one that was built before and dropped.

@@ -26,6 +26,7 @@ from ..symmetry import ScaleGroup, scale_symmetries
 from .distributed import gathered, reshard
 from .gradient_pass import Snapshot
 from .requirements import Rebalance
+from .wrapper import Part
 
 if TYPE_CHECKING:
     from .engine import SharpnessAware
@@ -38,7 +39,7 @@ _FIRST_ROUNDS = 4
 RescaleHook = Callable[[ScaleGroup, Tensor], Any]
 
 
-class Representative:
+class Representative(Part):
     """The balance of an optimizer's model, and when it is found again.
 
     Args:
@@ -64,7 +65,7 @@ class Representative:
         gauge: float,
         group: ScaleGroup | None,
     ) -> None:
-        self.optimizer = optimizer
+        super().__init__(optimizer)
         self.rebalance, self.every, self.columns, self.gauge, self.group = rebalance, every, columns, gauge, group
         self.balance: Balance | None = None
         self.log_scale: dict[str, float] = {}
@@ -74,7 +75,7 @@ class Representative:
 
     def __getstate__(self) -> dict[str, Any]:
         """A hook carries along something of the original's, as an average of its weights."""
-        return {**vars(self), "_hooks": OrderedDict()}
+        return {**super().__getstate__(), "_hooks": OrderedDict()}
 
     def register_hook(self, hook: RescaleHook) -> RemovableHandle:
         """Have a function called whenever the weights were rescaled."""

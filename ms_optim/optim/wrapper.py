@@ -7,6 +7,7 @@ the groups: names, gradients, settings such as ρ, the scales of the representat
 from __future__ import annotations
 
 import math
+import weakref
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -15,12 +16,41 @@ from torch import distributed as dist
 from torch.optim import Optimizer
 
 from ..balancing import Balance
+from ..errors import OptimizerError
 from ..symmetry import ScaleGroup
 from .distributed import is_sharded
 from .requirements import Rebalance, require_nonnegative, require_real_parameters
 
 if TYPE_CHECKING:
+    from .engine import SharpnessAware
     from .representative import Representative
+
+
+class Part:
+    """A part of an optimizer, which it looks at but does not keep alive: a dropped optimizer frees its memory at once.
+
+    Args:
+        optimizer: Whose part it is.
+    """
+
+    def __init__(self, optimizer: SharpnessAware) -> None:
+        self.belongs_to(optimizer)
+
+    def belongs_to(self, optimizer: SharpnessAware) -> None:
+        """Become the part of another optimizer, as of a copy."""
+        self._optimizer: weakref.ReferenceType[SharpnessAware] | None = weakref.ref(optimizer)
+
+    @property
+    def optimizer(self) -> SharpnessAware:
+        """Whose part it is."""
+        optimizer = None if self._optimizer is None else self._optimizer()
+        if optimizer is None:
+            raise OptimizerError("the optimizer that this belongs to is gone; keep it as long as its passes are used")
+        return optimizer
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the optimizer, whose copy takes its copy of this."""
+        return {**vars(self), "_optimizer": None}
 
 
 class Wrapper(Optimizer):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -187,3 +189,21 @@ def test_complex_parameters_and_what_is_no_model_are_refused(case: Case):
         case.build(model)
     with pytest.raises(OptimizerError, match="model is a str"):
         case.build(mlp().parameters(), model="mlp")
+
+
+@every_case
+@pytest.mark.parametrize("network", [mlp, convnet])
+def test_a_dropped_optimizer_is_gone_at_once_with_all_that_it_hung_on_its_model(case: Case, network):
+    model = network()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(2):
+            optimizer = case.build(model)
+            list(train(model, optimizer, samples(model, 2)))
+            alive = weakref.ref(optimizer)
+            del optimizer
+            assert alive() is None
+            assert not (model._forward_pre_hooks or model._forward_hooks or model._state_dict_pre_hooks)
+    finally:
+        gc.enable()
