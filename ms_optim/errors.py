@@ -70,3 +70,7 @@ class LostStateWarning(UserWarning):
 
 class ConformanceError(MsOptimError, AssertionError):
     """An optimizer that breaks a law of :mod:`ms_optim.testing`: what was found, and what was expected."""
+
+
+class OverwrittenWarning(UserWarning):
+    """Weights that somebody else wrote to while an optimizer had them perturbed: they are left as they are."""

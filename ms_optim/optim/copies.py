@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .distributed import local
 
@@ -48,15 +48,56 @@ class Copies:
             copy_lists(self._memory, tensors)
         self.tensors = tensors  # last: from here on there is something to put back
 
-    def put_back(self) -> None:
-        """Make the tensors again what they were."""
+    def put_back(self, but: Sequence[int] = ()) -> None:
+        """Make the tensors again what they were.
+
+        Args:
+            but: The positions of those that are left alone.
+        """
         if self.tensors:
+            left = set(but)
+            pairs = [(t, m) for i, (t, m) in enumerate(zip(self.tensors, self._memory, strict=True)) if i not in left]
             with torch.no_grad():
-                copy_lists(self.tensors, self._memory)
+                copy_lists([t for t, _ in pairs], [m for _, m in pairs])
 
     def forget(self) -> None:
         """There is nothing to put back any more."""
         self.tensors = []
+
+
+class Buffers:
+    """The buffers of modules as they were: their values, and which tensor each is, since some are assigned anew.
+
+    Args:
+        copies: Holds the values.
+    """
+
+    def __init__(self, copies: Copies) -> None:
+        self._copies = copies
+        self._slots: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
+        copies.forget()
+
+    def take(self, modules: Sequence[nn.Module | None]) -> None:
+        """Copy the buffers of modules as they are.
+
+        Args:
+            modules: The modules; ``None`` for none.
+        """
+        inside = dict.fromkeys(part for module in modules if module is not None for part in module.modules())
+        tables = [part._buffers for part in inside if part._buffers]
+        self._slots = [(table, name, b) for table in tables for name, b in table.items() if b is not None]
+        self._copies.take([buffer for _, _, buffer in self._slots])
+
+    def present(self) -> list[tuple[dict[str, Tensor | None], str, Tensor]]:
+        """Copies of what is there now."""
+        found = ((table, name, table[name]) for table, name, _ in self._slots)
+        return [(table, name, buffer.detach().clone()) for table, name, buffer in found if buffer is not None]
+
+    def put_back(self) -> None:
+        """Make the buffers again what they were."""
+        for table, name, buffer in self._slots:
+            table[name] = buffer
+        self._copies.put_back()
 
 
 def copy_lists(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

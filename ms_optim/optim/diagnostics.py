@@ -99,8 +99,8 @@ class Observer(Part):
         """A pass is done, and its gradients are there."""
         if not self.active:
             return
-        if gradient_pass.loss is not None:
-            loss = gradient_pass.loss
+        loss = gradient_pass.loss
+        if isinstance(loss, (int, float)) or (isinstance(loss, Tensor) and loss.numel() == 1):
             self._losses.append(float(loss.detach() if isinstance(loss, Tensor) else loss))
         if self._passes == 0:
             grads = (p.grad for p in self.optimizer.parameters())

@@ -25,6 +25,7 @@ Source: the passes form generalises IVON's context manager.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -189,11 +190,12 @@ class SharpnessAware(Watcher):
         Args:
             model: The module, wrapped or not.
         """
+        require_model(model)
         self.model, self.ranks = unwrapped(model), Ranks([*self.ranks.modules, model], self.ranks.choice)
         self._share()
         self.loop = Loop(self, self.model, self._takes_loops)
         if self._pass is not None:
-            self._pass.before.keep_buffers(self.model)
+            self._pass.before.keep_buffers()
             self._pass.keep_buffers()
 
     def take_loops(self) -> None:
@@ -219,6 +221,7 @@ class SharpnessAware(Watcher):
         Raises:
             OptimizerError: If it does not own the optimizer's parameters.
         """
+        require_model(module)
         require_own_parameters(self.parameters(), module)
         require_whole_batches(self.m)
         if not self._takes_loops:
@@ -354,11 +357,7 @@ class SharpnessAware(Watcher):
             OptimizerError: If there is neither a closure nor finished passes, nor a pass begun by a training forward.
         """
         loss = None
-        if closure is None:
-            for loop in (self.loss_loop, self.loop):
-                if loop.begun:
-                    loop.finish()
-        if closure is not None and self._stepped_by_scaler:
+        if closure is not None and self._stepped_by_scaler and _under_a_scaler():
             self._stepped_by_scaler = False
             raise OptimizerError(
                 "a closure was passed through GradScaler.step, which calls it after unscaling, so that its gradients "
@@ -366,6 +365,11 @@ class SharpnessAware(Watcher):
                 "optimizer.passes(scaler=scaler): with gradient_pass: scaler.scale(loss).backward()`, and then "
                 "scaler.step(optimizer)"
             )
+        if closure is None:
+            self._stepped_by_scaler = False
+            for loop in (self.loss_loop, self.loop):
+                if loop.begun:
+                    loop.finish()
         if closure is not None:
             for gradient_pass in self.passes(samples=samples):
                 with gradient_pass, torch.enable_grad():
@@ -373,7 +377,7 @@ class SharpnessAware(Watcher):
                     gradient_pass.loss = value.detach() if isinstance(value, Tensor) else value
                 if gradient_pass.first:
                     weight = gradient_pass.turn.weight
-                    part = value if weight == 1.0 else gradient_pass.loss * weight
+                    part = value if weight == 1.0 or value is None else gradient_pass.loss * weight
                     loss = part if loss is None else loss + part
         elif not self._ready and not (self._takes_loops and self.model is None):
             raise OptimizerError(
@@ -454,8 +458,10 @@ class SharpnessAware(Watcher):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """What GradScaler asks for before it unscales and calls :meth:`step`: the only moment at which we see it."""
-        self._stepped_by_scaler = True
         self.interrupt()  # the scaler may skip the step that would do so
+        if not sys._getframe(1).f_globals.get("__name__", "").endswith("grad_scaler"):
+            return False  # others ask, too, to know whether gradients are unscaled for them
+        self._stepped_by_scaler = True
         if self.scaler is None and self.active and self.adds_to_gradient and not self.loop.begun:
             raise OptimizerError(
                 f"{type(self).__name__} adds to a gradient that GradScaler is about to divide by the loss scale, and "
@@ -472,3 +478,15 @@ class SharpnessAware(Watcher):
 def _plain() -> Plan:
     """The plan of a step of the base optimizer."""
     yield None
+
+
+def _under_a_scaler() -> bool:
+    """Whether a GradScaler is a few calls up: hooks, profilers and schedulers are in between."""
+    frame = sys._getframe()
+    for _ in range(12):
+        if frame.f_globals.get("__name__", "").endswith("grad_scaler"):
+            return True
+        if frame.f_back is None:
+            return False
+        frame = frame.f_back
+    return False

@@ -10,6 +10,7 @@ the weights change.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,10 +18,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..errors import OptimizerError
-from .copies import Copies, copy_lists
+from ..errors import OptimizerError, OverwrittenWarning
+from .copies import Buffers, Copies
 from .distributed import local, reshard
 from .randomness import Streams
 
@@ -77,12 +78,9 @@ class Snapshot:
         representative = optimizer.representative
         self.schedule = (representative.due, representative.balance, representative.log_scale)
         self.moves = len(optimizer.moved)
-        self.buffers: list[Tensor] = []
-        self._buffers = Copies() if alone else optimizer.buffers_before
+        self._buffers = Buffers(Copies() if alone else optimizer.buffers_before)
         self._weights = Copies()
-        self._buffers.forget()
-        if optimizer.model is not None:
-            self.keep_buffers(optimizer.model)
+        self.keep_buffers()
 
     def keep_weights(self) -> None:
         """Keep the weights and the tensors of the base optimizer's state as well."""
@@ -117,10 +115,9 @@ class Snapshot:
             group, t = optimizer.moved.pop()
             representative.announce(group, -t)
 
-    def keep_buffers(self, model: nn.Module) -> None:
-        """Keep the buffers of the model."""
-        self.buffers = list(model.buffers())
-        self._buffers.take(self.buffers)
+    def keep_buffers(self) -> None:
+        """Keep the buffers of the model, and of the module around it that returns the loss."""
+        self._buffers.take([self.optimizer.model, self.optimizer.loss_module])
 
 
 class Turn:
@@ -149,12 +146,17 @@ class Turn:
         self.before, self.samples, self.weight = before, samples, weight
         self.refreshes, self.zeroes = refreshes, zeroes
         self.streams: Streams | None = None
-        self.buffers: list[tuple[Tensor, Tensor]] = []
+        self.buffers: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
 
     def finish(self) -> None:
         """Leave the buffers as they are to be left."""
         with torch.no_grad():
-            copy_lists([buffer for buffer, _ in self.buffers], [value for _, value in self.buffers])
+            for table, name, value in self.buffers:
+                buffer = table[name]
+                if buffer is not None and buffer.shape == value.shape and buffer.dtype == value.dtype:
+                    buffer.copy_(value)
+                else:
+                    table[name] = value
         self.buffers = []
 
 
@@ -183,7 +185,8 @@ class GradientPass:
         self.done = False
         self.refreshes = first and turn.refreshes and optimizer.refresh_due
         self.waits = False
-        self._perturbed = False
+        self._perturbed: list[tuple[Tensor, int]] = []  # what was, and its version afterwards
+        self._buffers = Buffers(optimizer.buffers_between)
         self._after: Streams | None = None  # where the first pass left the random streams
         self._open = ExitStack()
 
@@ -227,9 +230,7 @@ class GradientPass:
             turn.streams.restore()
         if optimizer.keeps_local(self):
             self._open.enter_context(optimizer.ranks.unsynchronised())
-        optimizer.buffers_between.forget()
-        if optimizer.model is not None:
-            self.keep_buffers()
+        self.keep_buffers()
         # What a refresh will move, or a model that is still looked for, is waited for.
         self.waits = callable(self.perturbation) and self.first and (self.refreshes or optimizer.looks_for_its_model)
         if not self.waits:
@@ -238,7 +239,7 @@ class GradientPass:
     def keep_buffers(self) -> None:
         """Keep the buffers, if they are not to keep what this pass does to them."""
         if not self.first or self.optimizer.buffers == "last":
-            self.optimizer.buffers_between.take(self.before.buffers)
+            self._buffers.take([self.optimizer.model, self.optimizer.loss_module])
 
     def perturb(self) -> None:
         """Add the perturbation, once, keeping what was there."""
@@ -254,23 +255,42 @@ class GradientPass:
         taken = [(local(p), d, f) for p, d, f in pairs if d is not None]
         if taken:
             optimizer.backup.take([p for p, _, _ in taken])
-            self._perturbed = True
+            self._perturbed = [(p, -1) for p, _, _ in taken]
             add_scaled(*(list(column) for column in zip(*taken, strict=True)))
+            self._perturbed = [(p, p._version) for p, _, _ in taken]
             self._weights_changed()
 
     def _put_back(self, failed: bool) -> None:
         """Restore the weights, and the buffers if they are not to keep this pass's changes; all, if it has failed."""
-        optimizer, between = self.optimizer, self.optimizer.buffers_between
+        optimizer = self.optimizer
         if self._perturbed:
-            optimizer.backup.put_back()
+            foreign = [] if self.turn.zeroes else self._written_by_others()
+            optimizer.backup.put_back(foreign)
             self._weights_changed()
         if optimizer.buffers == "last" and not failed:
-            self.turn.buffers = [(buffer, buffer.detach().clone()) for buffer in between.tensors]
-        between.put_back()
+            self.turn.buffers = self._buffers.present()
+        self._buffers.put_back()
         if self._after is not None:
             self._after.restore()
         if failed:
             self.before.restore()
+
+    def _written_by_others(self) -> list[int]:
+        """Which weights somebody has written to while a loop's pass was open: those are theirs, and are left alone."""
+        model = self.optimizer.model
+        written = [i for i, (p, version) in enumerate(self._perturbed) if version >= 0 and p._version != version]
+        # (An embedding with a largest norm writes to its weight in every forward pass.)
+        renorms = model is not None and any(vars(m).get("max_norm") is not None for m in model.modules())
+        if not written or renorms:
+            return []
+        warnings.warn(
+            f"{len(written)} weights were written to between a training forward pass and the step of "
+            f"{type(self.optimizer).__name__}, which had perturbed them, so they were left as they are; is another "
+            "optimizer training them? then drop this one first (del optimizer), or step it",
+            OverwrittenWarning,
+            stacklevel=2,
+        )
+        return written
 
     def _weights_changed(self) -> None:
         """Drop what was made of the weights as they were."""

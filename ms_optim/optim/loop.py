@@ -64,6 +64,7 @@ class Loop:
             self._handles = [
                 module.register_forward_pre_hook(self.before_forward, prepend=True, with_kwargs=True),
                 module.register_state_dict_pre_hook(self.before_state_dict),
+                module.register_load_state_dict_pre_hook(self.before_state_dict),
             ]
         if module is not None and takes:
             hook = module.register_forward_hook(self.after_forward, with_kwargs=True, always_call=True)
@@ -146,7 +147,7 @@ class Loop:
         return False
 
     def before_state_dict(self, module: nn.Module, *_: Any) -> None:
-        """Whoever saves the model saves the weights."""
+        """Whoever saves the model saves the weights, and whoever loads it overwrites them."""
         optimizer = self.of(module)
         if optimizer is not None:
             optimizer.interrupt()

@@ -51,6 +51,7 @@ class LossLoop(Loop):
         self._inside = False  # a forward pass of our own is under way
         self._clean: Tensor | None = None  # the loss of the first pass
         self._scale = _LARGEST_SCALE
+        self._precision: tuple[tuple[bool, torch.dtype], bool] | None = None  # autocast around, and float16 inside
         super().__init__(optimizer, module, takes=True)
 
     def __reduce__(self) -> tuple[type[Loop], tuple[()]]:
@@ -112,7 +113,7 @@ class LossLoop(Loop):
         finally:
             self._inside = False
         wanted = [p for p in optimizer.parameters() if p.requires_grad]
-        scale = self._scale if _in_half_precision(optimizer.device, wanted) else 1.0
+        scale = self._scale if self._in_half_precision(loss, optimizer.device) else 1.0
         scaled = loss.float() * scale if scale != 1.0 else loss
         if optimizer.sharded:  # whose gradients arrive by hooks that only this runs
             scaled.backward()
@@ -133,13 +134,20 @@ class LossLoop(Loop):
             self._clean = loss.detach()
         gradient_pass.loss = loss.detach()
 
+    def _in_half_precision(self, loss: Tensor, device: torch.device) -> bool:
+        """Whether small gradients become zero, as they do in float16, wherever in the module it comes from."""
+        around = (torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type))
+        if self._precision is None or self._precision[0] != around:
+            self._precision = (around, _holds_float16(loss))
+        return self._precision[1]
+
     @_disable_dynamo
     def after_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         """Return the loss of the first pass with the gradient of the last; restore when its backward pass is over."""
         optimizer = self.of(module)
-        if optimizer is None or self._inside or not self._running or exporting():
+        if optimizer is None or optimizer.busy or self._inside or not self._running or exporting():
             return None
         self._running = False
         open_ = self._open
@@ -162,8 +170,22 @@ class LossLoop(Loop):
                     self.fail(error)
                     raise
 
-        value.register_hook(lambda _: torch.autograd.Variable._execution_engine.queue_callback(restore))
-        return with_loss(output, value)
+        def at_the_beginning(_: Tensor) -> None:
+            if self._open is not open_:
+                raise OptimizerError(
+                    f"the backward pass of a {type(module).__name__} came when its weights were themselves again: "
+                    "each forward pass of an attached module has a perturbation of its own, which its own backward "
+                    "pass has to follow, before another forward pass, an evaluation or a save; call the module once "
+                    "per backward pass (with all inputs together), or use passes()"
+                )
+            torch.autograd.Variable._execution_engine.queue_callback(restore)
+
+        value.register_hook(at_the_beginning)
+        try:
+            return with_loss(output, value)
+        except BaseException as error:  # an output that cannot be given another loss
+            self.fail(error)
+            raise
 
     def interrupt(self) -> None:
         """Put everything back: the weights are perturbed, so the backward pass that restores them has not ended.
@@ -233,8 +255,15 @@ def with_loss(output: Any, loss: Tensor) -> Any:
     return other
 
 
-def _in_half_precision(device: torch.device, parameters: list[Tensor]) -> bool:
-    """Whether small gradients become zero: in float16 they do."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type) is torch.float16
-    return any(p.dtype is torch.float16 for p in parameters)
+def _holds_float16(loss: Tensor) -> bool:
+    """Whether a number of the graph of a loss is in float16: a module may cast of its own accord."""
+    waiting, seen = [loss.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if any(meta.dtype is torch.float16 for meta in node._input_metadata):
+            return True
+        waiting += [source for source, _ in node.next_functions]
+    return False

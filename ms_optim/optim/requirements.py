@@ -33,7 +33,7 @@ def require_model(model: nn.Module | None) -> None:
     """
     if model is not None and not isinstance(model, nn.Module):
         raise OptimizerError(f"model is a {type(model).__name__}; pass the torch.nn.Module that owns the parameters")
-    if isinstance(model, nn.DataParallel):
+    if model is not None and any(isinstance(module, nn.DataParallel) for module in model.modules()):
         raise UnsupportedError(
             "a model in DataParallel runs as copies whose forward passes cannot be seen; use DistributedDataParallel, "
             "or build the optimizer with the module inside it and train that"
