@@ -134,7 +134,9 @@ class MSRegularizedSGD(SharpnessAware):
         if index:
             seed = mixed_seed(int(torch.randint(2**62, (), generator=generator, device=generator.device)), index)
             generator = torch.Generator(generator.device).manual_seed(seed)
-        return torch.empty_like(part).normal_(0.0, deviation, generator=generator)
+        # (Not `empty_like`: the same noise however the entries lie in memory.)
+        drawn = torch.empty(part.shape, device=part.device, dtype=part.dtype)
+        return drawn.normal_(0.0, deviation, generator=generator)
 
     def average_with(self, other: list[Tensor | None]) -> None:
         """Make ``.grad`` the mean of itself and other gradients, 0 where one is absent.

@@ -22,7 +22,6 @@ from integrations.plain import (
     left,
     loader,
     network,
-    not_yet,
 )
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
@@ -132,8 +131,7 @@ def test_float16_with_its_scaler_gives_the_bits_of_a_plain_loop(name, how):
     assert run.skipped > 0 and accelerator.scaler.get_scale() == expected.scaler.get_scale() < SCALE
 
 
-def test_the_first_refresh_of_a_prepared_network_reaches_the_representative(request):
-    not_yet(request, "autocast's copies of the weights outlive a rescaling in place")
+def test_the_first_refresh_of_a_prepared_network_reaches_the_representative():
     (x, _), *_ = loader(1)
     totals = []
     for kind in ("no", "bf16"):
@@ -148,8 +146,7 @@ def test_the_first_refresh_of_a_prepared_network_reaches_the_representative(requ
 
 
 @two_passes
-def test_a_small_gradient_of_the_first_pass_is_not_lost_in_float16(name, request):
-    not_yet(request, "autocast inside the module's forward is not seen, and the gradient underflows without a scale")
+def test_a_small_gradient_of_the_first_pass_is_not_lost_in_float16(name):
     module = WithLoss(network(), factor=1e-8)  # without a scale all gradients are zero
     accelerator, _ = precision("fp16")
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)

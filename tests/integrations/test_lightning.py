@@ -41,7 +41,6 @@ two_passes = pytest.mark.parametrize("name", TWO_PASSES)
 SCALE = 2.0**22  # overflows in the first steps: they are skipped
 
 EVERY_PASS = "a closure is called for every pass, where a module is attached as well"
-ASKED = "before it clips in bf16-mixed, Lightning asks what a scaler asks, which is taken for a scaler's step"
 LOST = "a closure's passes begin with zero, so that of batches that share a step only the last counts"
 
 
@@ -153,7 +152,6 @@ def test_in_16_bits_there_is_no_closure_and_the_error_names_the_way(name):
 @pytest.mark.parametrize("kind", ["32", "bf16", "16"])
 def test_clipping_acts_on_the_last_gradient_alone(name, kind, request):
     not_yet(request, EVERY_PASS, kind == "32" and name in TWO_PASSES)
-    not_yet(request, ASKED, kind == "bf16")
     ours, plain = precision(kind)
     module = Module(name, attach=name in TWO_PASSES)
     fit(module, gradient_clip_val=0.1, **ours)

@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 from cases import same
-from integrations.plain import EXAMPLES, ONE_PASS, STEPS, TWO_PASSES, build, left, not_yet
+from integrations.plain import EXAMPLES, ONE_PASS, STEPS, TWO_PASSES, build, left
 from sklearn.datasets import load_digits
 from torch.nn.utils import clip_grad_norm_
 
@@ -195,8 +195,7 @@ def test_batches_that_share_a_step(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", TWO_PASSES)
-def test_steps_of_the_base_optimizer_between_those_of_two_passes(name, tmp_path, request):
-    not_yet(request, "a refresh in a step of one pass is taken for the forward that was attached", name == "MSSAM")
+def test_steps_of_the_base_optimizer_between_those_of_two_passes(name, tmp_path):
     window = {"start": 1, "every": 2, "refresh_every": 1}
     run = Run(name, tmp_path, own=window)
     assert same(run.left, plain(name, run.collector.batches, **window))
