@@ -125,7 +125,6 @@ class Representative(Part):
         except BaseException:
             before.restore()
             raise
-        torch.clear_autocast_cache()  # of the weights as they were
         self.due, self.balance = self.every, found
         self.log_scale = group.log_scale(t)
         if self.rebalance == "move":
@@ -154,7 +153,6 @@ class Representative(Part):
         t = ranks.of_first(group.bound(model, found.t, lambda limits: ranks.largest(limits, device)), device)
         found = found if torch.equal(t, found.t) else found.at(t)
         group.rescale_(model, t, optimizer.base)
-        torch.clear_autocast_cache()  # which a model that enters autocast itself fills in spite of all
         optimizer.rescale_kept(group.log_scale(t))
         return found.moved(), t
 

@@ -206,6 +206,7 @@ class ScaleGroup:
                 tensor.mul_(factor)
             for name, value in statistics.items():
                 buffers[name].copy_(value)
+        torch.clear_autocast_cache()  # of the weights as they were, which it does not see change in place
 
     def bound(
         self, model: nn.Module, t: Element, agreed: Callable[[list[float]], list[float]] | None = None

@@ -353,3 +353,17 @@ def test_print_says_what_scales_together_and_what_stood_in_the_way():
     ]
     assert repr(group) == "ScaleGroup(2 generators, 8 parameters, 1 opaque operations)"
     assert "running statistics of 3 BatchNorms" in str(residual()[2])
+
+
+def test_a_rescaling_inside_an_autocast_block_is_seen_by_what_follows_in_it():
+    """γ moves in place, the weight after it against it; with the copy of that weight as it was the logits would grow."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 4)).float()
+    x = torch.randn(64, 6, dtype=torch.float32)
+    group = scale_symmetries(model, x)
+    expected = model(x).detach()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(x)  # which keeps low-precision copies of the weights
+        group.rescale_(model, [1.0] * len(group))
+        found = model(x).detach().float()
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
