@@ -50,7 +50,7 @@ from torch.optim import Optimizer
 
 from .errors import OptimizerError
 from .optim import SharpnessAware
-from .optim.engine import Plan
+from .optim.engine import Plan, called_by_a_scaler
 from .optim.gradient_pass import Probe
 from .optim.loop import Loop
 from .optim.sam import ascent
@@ -206,7 +206,7 @@ class TwoStepSAM(SharpnessAware):
     def plan(self) -> Plan:
         """See the base class. There are always two passes: the caller makes them."""
         yield Probe()
-        rho = [r * sign for r, sign in zip(self.setting("rho"), self.signs(), strict=True)]
+        rho = self.radii()
         yield ascent(self.gradients(), self.metric(), rho, quiet=self.expects_overflow) if any(rho) else None
 
     def metric(self) -> list[Any]:
@@ -265,7 +265,7 @@ class TwoStepSAM(SharpnessAware):
         Raises:
             OptimizerError: If there is neither a closure nor a second pass to finish.
         """
-        if closure is None or self._stepped_by_scaler or not self.loop.has_gradient(self):
+        if closure is None or called_by_a_scaler() or not self.loop.has_gradient(self):
             return super().step(closure, samples)
         self.first_step(zero_grad=True)
         try:

@@ -6,6 +6,7 @@ switches its own part off, so that the base optimizer (SGD with the same learnin
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import ms_optim
+
+Context = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,34 @@ def train(
             logits = model.eval()(batches[0][0])
             model.train(training)
         yield loss.item(), logits
+
+
+def by_passes(
+    model: nn.Module,
+    optimizer: ms_optim.SharpnessAware,
+    batches: list[tuple[Tensor, Tensor]],
+    around: Context = contextlib.nullcontext,
+    inside: Context = contextlib.nullcontext,
+    scaler: torch.amp.GradScaler | None = None,
+) -> None:
+    """Train by explicit passes, with a context around all forward passes of a step, or inside each, and a scaler."""
+    for x, y in batches:
+        with around():
+            for gradient_pass in optimizer.passes(scaler=scaler):
+                with gradient_pass:
+                    with inside():
+                        loss = nn.functional.cross_entropy(model(x), y)
+                    (loss if scaler is None else scaler.scale(loss)).backward()
+        descend(optimizer, scaler)
+
+
+def descend(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> None:
+    """The end of a step, through a scaler if there is one."""
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
 
 
 def everything(model: nn.Module, optimizer: ms_optim.SharpnessAware) -> list[Tensor]:

@@ -27,6 +27,7 @@ import torch.optim.optimizer as optimizer_hooks
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ..optim.copies import to_the_end
 from ..optim.distributed import local
 
 # What does not change, what has no attributes that are its own, and what only code can tell about.
@@ -74,11 +75,7 @@ class Kept:
 
     def restore(self) -> None:
         """Put everything back, to the end even if interrupted."""
-        try:
-            self._restore()
-        except BaseException:
-            self._restore()
-            raise
+        to_the_end(self._restore)
 
     def _restore(self) -> None:
         """Put everything back."""

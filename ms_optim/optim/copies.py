@@ -6,12 +6,15 @@ copied list by list: on a GPU a kernel for every single buffer of a network take
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .distributed import local
+
+# Where a buffer is, by module and name, and the buffer or a copy of it.
+Slot = tuple[dict[str, Tensor | None], str, Tensor]
 
 
 class Copies:
@@ -74,7 +77,7 @@ class Buffers:
 
     def __init__(self, copies: Copies) -> None:
         self._copies = copies
-        self._slots: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
+        self._slots: list[Slot] = []
         copies.forget()
 
     def take(self, modules: Sequence[nn.Module | None]) -> None:
@@ -88,7 +91,7 @@ class Buffers:
         self._slots = [(table, name, b) for table in tables for name, b in table.items() if b is not None]
         self._copies.take([buffer for _, _, buffer in self._slots])
 
-    def present(self) -> list[tuple[dict[str, Tensor | None], str, Tensor]]:
+    def present(self) -> list[Slot]:
         """Copies of what is there now."""
         found = ((table, name, table[name]) for table, name, _ in self._slots)
         return [(table, name, buffer.detach().clone()) for table, name, buffer in found if buffer is not None]
@@ -98,6 +101,34 @@ class Buffers:
         for table, name, buffer in self._slots:
             table[name] = buffer
         self._copies.put_back()
+
+
+def set_buffers(slots: Sequence[Slot]) -> None:
+    """Give buffers the values of copies: in place where they fit.
+
+    Args:
+        slots: Where, and the values.
+    """
+    with torch.no_grad():
+        for table, name, value in slots:
+            buffer = table[name]
+            if buffer is not None and buffer.shape == value.shape and buffer.dtype == value.dtype:
+                buffer.copy_(value)
+            else:
+                table[name] = value
+
+
+def to_the_end(undo: Callable[[], None]) -> None:
+    """Put something back, once more if that is interrupted; the interruption goes on afterwards.
+
+    Args:
+        undo: What puts it back, from wherever it left off.
+    """
+    try:
+        undo()
+    except BaseException:
+        undo()
+        raise
 
 
 def copy_lists(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

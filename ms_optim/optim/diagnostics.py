@@ -81,19 +81,13 @@ class Observer(Part):
         """The weights are about to be perturbed."""
         if not self.active:
             return
-        optimizer, norms, tensors, names = self.optimizer, [], [], []
-        rows = zip(
-            optimizer.names(), optimizer.parameters(), perturbation.directions, perturbation.factors, strict=True
-        )
-        for name, p, d, f in rows:
+        optimizer, directions, factors = self.optimizer, perturbation.directions, perturbation.factors
+        self._norms = {}
+        for name, p, d, f in zip(optimizer.names(), optimizer.parameters(), directions, factors, strict=True):
             if d is not None:
                 values = d.coalesce().values() if d.is_sparse else d
-                norms.append(torch.linalg.vector_norm(values, dtype=torch.float64).mul(f).square())
-                tensors.append(p)
-                names.append(name)
-        self._norms = {
-            name: math.sqrt(completed([n], [p])) for name, n, p in zip(names, norms, tensors, strict=True)
-        }
+                square = torch.linalg.vector_norm(values, dtype=torch.float64).mul(f).square()
+                self._norms[name] = math.sqrt(completed([square], [p]))
 
     def after(self, gradient_pass: GradientPass) -> None:
         """A pass is done, and its gradients are there."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from ..curvature.parallel import ProcessGroup
+from ..curvature.parallel import ProcessGroup, sum_over_ranks
 from ..errors import UnsupportedError
 
 try:
@@ -80,21 +80,15 @@ class Ranks:
         group = self.group
         if group is None:
             return
-        kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-        for tensor in tensors:
-            if tensor is not None and not isinstance(tensor, DTensor):
-                kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+        own = [tensor for tensor in tensors if tensor is not None and not isinstance(tensor, DTensor)]
+        if any(tensor.is_sparse for tensor in own):
+            raise UnsupportedError(
+                "a sparse gradient cannot be averaged over ranks here; build the layer with sparse=False"
+            )
         with torch.no_grad():
-            for same in kinds.values():
-                if any(tensor.is_sparse for tensor in same):
-                    raise UnsupportedError(
-                        "a sparse gradient cannot be averaged over ranks here; build the layer with sparse=False"
-                    )
-                flat = torch.cat([tensor.reshape(-1) for tensor in same])
-                dist.all_reduce(flat, group=group)
-                flat /= dist.get_world_size(group)
-                parts = flat.split([tensor.numel() for tensor in same])
-                torch._foreach_copy_(same, [p.view_as(t) for p, t in zip(parts, same, strict=True)])
+            sum_over_ranks(own, group)
+            if own:
+                torch._foreach_div_(own, dist.get_world_size(group))
 
     def of_first(self, tensor: Tensor, device: torch.device) -> Tensor:
         """The same tensor on all ranks: the first one's.

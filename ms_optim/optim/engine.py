@@ -29,6 +29,7 @@ import sys
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator
+from types import FrameType
 from typing import Any
 
 import torch
@@ -161,7 +162,6 @@ class SharpnessAware(Watcher):
         self.batches: list[Batch] = []
         self.scaler: torch.amp.GradScaler | None = None  # that of the present step, if it was named
         self.expects_overflow = False
-        self._stepped_by_scaler = False
         self._takes_loops = False
         self.loop = Loop()  # which does nothing
         self.loss_loop = LossLoop()
@@ -298,7 +298,7 @@ class SharpnessAware(Watcher):
                 f"m={self.m!r} asks for perturbations of its own for some samples, but the parameters are sharded over "
                 "ranks, and their gradients are always summed over all; use m='global', or DistributedDataParallel"
             )
-        self._ready = self._stepped_by_scaler = False
+        self._ready = False
         self.batches, self.moved = [], []
         if self.ranks.group is not None:  # equal on all ranks, whatever was drawn for batches of different sizes
             self.generator.manual_seed(mixed_seed(self.seed, self.steps))
@@ -357,8 +357,7 @@ class SharpnessAware(Watcher):
             OptimizerError: If there is neither a closure nor finished passes, nor a pass begun by a training forward.
         """
         loss = None
-        if closure is not None and self._stepped_by_scaler and _under_a_scaler():
-            self._stepped_by_scaler = False
+        if closure is not None and called_by_a_scaler():
             raise OptimizerError(
                 "a closure was passed through GradScaler.step, which calls it after unscaling, so that its gradients "
                 "would be descended along still multiplied by the loss scale; run `for gradient_pass in "
@@ -366,7 +365,6 @@ class SharpnessAware(Watcher):
                 "scaler.step(optimizer)"
             )
         if closure is None:
-            self._stepped_by_scaler = False
             for loop in (self.loss_loop, self.loop):
                 if loop.begun:
                     loop.finish()
@@ -459,9 +457,8 @@ class SharpnessAware(Watcher):
     def _step_supports_amp_scaling(self) -> bool:
         """What GradScaler asks for before it unscales and calls :meth:`step`: the only moment at which we see it."""
         self.interrupt()  # the scaler may skip the step that would do so
-        if not sys._getframe(1).f_globals.get("__name__", "").endswith("grad_scaler"):
+        if not _is_a_scalers(sys._getframe(1)):
             return False  # others ask, too, to know whether gradients are unscaled for them
-        self._stepped_by_scaler = True
         if self.scaler is None and self.active and self.adds_to_gradient and not self.loop.begun:
             raise OptimizerError(
                 f"{type(self).__name__} adds to a gradient that GradScaler is about to divide by the loss scale, and "
@@ -480,13 +477,18 @@ def _plain() -> Plan:
     yield None
 
 
-def _under_a_scaler() -> bool:
+def called_by_a_scaler() -> bool:
     """Whether a GradScaler is a few calls up: hooks, profilers and schedulers are in between."""
-    frame = sys._getframe()
+    frame: FrameType | None = sys._getframe()
     for _ in range(12):
-        if frame.f_globals.get("__name__", "").endswith("grad_scaler"):
-            return True
-        if frame.f_back is None:
+        if frame is None:
             return False
+        if _is_a_scalers(frame):
+            return True
         frame = frame.f_back
     return False
+
+
+def _is_a_scalers(frame: FrameType) -> bool:
+    """Whether a call is one of torch's gradient scalers."""
+    return bool(frame.f_globals.get("__name__", "").endswith("grad_scaler"))

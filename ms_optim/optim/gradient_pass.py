@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OptimizerError, OverwrittenWarning
-from .copies import Buffers, Copies
+from .copies import Buffers, Copies, Slot, set_buffers, to_the_end
 from .distributed import local, reshard
 from .randomness import Streams
 
@@ -94,11 +94,7 @@ class Snapshot:
 
     def restore(self) -> None:
         """Put everything back, to the end even if interrupted."""
-        try:
-            self._restore()
-        except BaseException:
-            self._restore()
-            raise
+        to_the_end(self._restore)
 
     def _restore(self) -> None:
         """Put everything back."""
@@ -146,17 +142,11 @@ class Turn:
         self.before, self.samples, self.weight = before, samples, weight
         self.refreshes, self.zeroes = refreshes, zeroes
         self.streams: Streams | None = None
-        self.buffers: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
+        self.buffers: list[Slot] = []
 
     def finish(self) -> None:
         """Leave the buffers as they are to be left."""
-        with torch.no_grad():
-            for table, name, value in self.buffers:
-                buffer = table[name]
-                if buffer is not None and buffer.shape == value.shape and buffer.dtype == value.dtype:
-                    buffer.copy_(value)
-                else:
-                    table[name] = value
+        set_buffers(self.buffers)
         self.buffers = []
 
 
@@ -279,10 +269,10 @@ class GradientPass:
         """Which weights somebody has written to while a loop's pass was open: those are theirs, and are left alone."""
         model = self.optimizer.model
         written = [i for i, (p, version) in enumerate(self._perturbed) if version >= 0 and p._version != version]
-        # (An embedding with a largest norm writes to its weight in every forward pass.)
-        renorms = model is not None and any(vars(m).get("max_norm") is not None for m in model.modules())
-        if not written or renorms:
+        if not written:
             return []
+        if model is not None and any(vars(m).get("max_norm") is not None for m in model.modules()):
+            return []  # an embedding with a largest norm writes to its weight in every forward pass
         warnings.warn(
             f"{len(written)} weights were written to between a training forward pass and the step of "
             f"{type(self.optimizer).__name__}, which had perturbed them, so they were left as they are; is another "

@@ -52,8 +52,7 @@ def copied(grads: Gradients, into: Gradients) -> Gradients:
     sources, targets = [], []
     with torch.no_grad():
         for grad, old in zip(grads, into, strict=True):
-            fits = grad is not None and old is not None and not (grad.is_sparse or old.is_sparse)
-            if grad is not None and old is not None and fits and old.shape == grad.shape and old.dtype == grad.dtype:
+            if grad is not None and old is not None and _fits(grad, old):
                 sources.append(local(grad))
                 targets.append(local(old))
                 found.append(old)
@@ -61,6 +60,12 @@ def copied(grads: Gradients, into: Gradients) -> Gradients:
                 found.append(None if grad is None else grad.detach().clone())
         copy_lists(targets, sources)
     return found
+
+
+def _fits(grad: Tensor, memory: Tensor) -> bool:
+    """Whether one dense tensor can be copied into another without a change of type."""
+    sparse = grad.is_sparse or memory.is_sparse
+    return not sparse and grad.shape == memory.shape and grad.dtype == memory.dtype
 
 
 def slices(samples: int | None, m: MicroBatch) -> list[tuple[slice, float]]:

@@ -111,11 +111,10 @@ class Loop:
             return  # explicit passes are done, and only the descent is to come
         self._mend()
         first = self._open is None
-        if first:
-            self._passes = optimizer.loop_passes()
-            self._open = next(self._passes)
-            self._open.__enter__()
         try:
+            if first:
+                self._passes = optimizer.loop_passes()
+                self._open = next(self._passes).__enter__()
             optimizer.before_forward(args, kwargs, first)
         except BaseException as error:
             self.fail(error)
@@ -160,8 +159,7 @@ class Loop:
     def detach(self) -> None:
         """Leave the module."""
         self.drop()
-        for handle in self._handles:
-            handle.remove()
+        _remove(self._handles)
 
     @property
     def begun(self) -> bool:

@@ -156,8 +156,7 @@ def sam_plan(optimizer: SharpnessAware, metric: Callable[[], Metric], ascent_alo
     Yields:
         Where each pass is taken.
     """
-    # With `maximize` the objective is −L. (Momentum is that of the objective as it is.)
-    rho = [r * sign for r, sign in zip(optimizer.setting("rho"), optimizer.signs(), strict=True)]
+    rho = optimizer.radii()
     if not any(rho):
         yield None
     elif ascent_along == "gradient":
@@ -175,6 +174,7 @@ def _known_before(
 ) -> Perturbation:
     """ε along a direction that is there before the pass; ``None`` in the first step, which has none."""
     if ascent_along == "momentum":
+        # That is the momentum of the objective as it is, whether it is minimised or maximised.
         directions, rho = optimizer.momentum(), [-abs(r) for r in rho]
     else:
         directions = optimizer.previous_gradients()

@@ -139,6 +139,10 @@ class Wrapper(Optimizer):
         """−1 for parameters along whose gradient the base optimizer ascends (``maximize``), else 1."""
         return [-1.0 if entry.get("maximize", False) else 1.0 for entry in self.param_groups for _ in entry["params"]]
 
+    def radii(self) -> list[float]:
+        """ρ per parameter, negative where the base optimizer ascends: there the objective is −L."""
+        return [rho * sign for rho, sign in zip(self.setting("rho"), self.signs(), strict=True)]
+
     def momentum(self) -> list[Tensor | None]:
         """The base optimizer's running average of gradients, per parameter; ``None`` where there is none yet."""
         states = [self.base.state.get(p, {}) for p in self.parameters()]

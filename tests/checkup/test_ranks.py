@@ -1,13 +1,9 @@
 """Two ranks, started by torchrun, are told what they do not agree on."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from checkup import ranks
+from distributed.torchrun import on_two_ranks
 from torch import distributed as dist
 
 import ms_optim
@@ -19,13 +15,7 @@ pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_avai
 def found(tmp_path_factory):
     """What each of two ranks was told: one pair of processes for all that follows."""
     folder = tmp_path_factory.mktemp("ranks")
-    root = Path(ms_optim.__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}", "OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*launcher, ranks.__file__, str(folder)], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    on_two_ranks(ranks.__file__, folder)
     return [torch.load(folder / f"found{rank}", weights_only=True) for rank in range(2)]
 
 

@@ -1,10 +1,8 @@
 """The contract on a CUDA device: the same forms, precision, streams and weights as on the CPU."""
 
-import contextlib
-
 import pytest
 import torch
-from cases import CASES, Case, convnet, everything, known_group, mlp, same, samples
+from cases import CASES, Case, by_passes, convnet, everything, known_group, mlp, same, samples
 from contract.faults import WithLoss
 from torch.nn.functional import cross_entropy
 
@@ -24,25 +22,11 @@ def on(batches, dtype=torch.float64, device="cuda"):
     return [(x.to(device, dtype), y.to(device)) for x, y in batches]
 
 
-def passes(model, optimizer, batches, around=contextlib.nullcontext, scaler=None):
-    for x, y in batches:
-        for gradient_pass in optimizer.passes(scaler=scaler):
-            with gradient_pass:
-                with around():
-                    loss = cross_entropy(model(x), y)
-                (loss if scaler is None else scaler.scale(loss)).backward()
-        if scaler is None:
-            optimizer.step()
-        else:
-            scaler.step(optimizer)
-            scaler.update()
-
-
 @every_case
 @pytest.mark.parametrize("network", [mlp, convnet])
 def test_closures_and_passes_give_the_same_numbers(case: Case, network):
     model, by_closure = build(case, network)
-    other, by_passes = build(case, network)
+    other, explicit = build(case, network)
     batches = on(samples(network(), 5))
     torch.manual_seed(1)
     for x, y in batches:
@@ -55,7 +39,7 @@ def test_closures_and_passes_give_the_same_numbers(case: Case, network):
 
         by_closure.step(closure)
     torch.manual_seed(1)
-    passes(other, by_passes, batches)
+    by_passes(other, explicit, batches)
     for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
 
@@ -66,7 +50,7 @@ def test_it_trains_as_on_the_cpu(case: Case):
     results = []
     for device in ("cpu", "cuda"):
         model, optimizer = build(case, mlp, device=device, columns=None)
-        passes(model, optimizer, on(samples(mlp(), 5), device=device))
+        by_passes(model, optimizer, on(samples(mlp(), 5), device=device))
         results.append([p.detach().cpu() for p in model.parameters()])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
@@ -79,7 +63,7 @@ def test_mixed_precision_with_a_scaler(case: Case, dtype):
     scaler = torch.amp.GradScaler("cuda", enabled=dtype is torch.float16)
     before = [p.detach().clone() for p in model.parameters()]
     around = lambda: torch.autocast("cuda", dtype=dtype)  # noqa: E731
-    passes(model, optimizer, on(samples(convnet(), 8), torch.float32), around, scaler)
+    by_passes(model, optimizer, on(samples(convnet(), 8), torch.float32), inside=around, scaler=scaler)
     assert all(bool(p.isfinite().all()) for p in model.parameters())
     assert not same(before, list(model.parameters()))
 
@@ -88,9 +72,9 @@ def test_mixed_precision_with_a_scaler(case: Case, dtype):
 def test_weights_are_restored_bit_for_bit_and_stay_where_they_are(case: Case):
     model, optimizer = build(case, convnet, torch.float32, lr=0.0, momentum=0.0, refresh_every=1000)
     batches = on(samples(convnet(), 4), torch.float32)
-    passes(model, optimizer, batches[:1])
+    by_passes(model, optimizer, batches[:1])
     weights, places = [p.detach().clone() for p in model.parameters()], [p.data_ptr() for p in model.parameters()]
-    passes(model, optimizer, batches)
+    by_passes(model, optimizer, batches)
     assert same(weights, list(model.parameters()))
     assert places == [p.data_ptr() for p in model.parameters()]
 
@@ -101,7 +85,7 @@ def test_all_passes_draw_the_same_masks_on_the_device(case: Case):
     (x, y), *_ = on(samples(convnet(), 1))
     states = []
     model[3].register_forward_pre_hook(lambda *_: states.append(torch.cuda.get_rng_state()))
-    passes(model, optimizer, [(x, y)])
+    by_passes(model, optimizer, [(x, y)])
     assert all(torch.equal(states[0], state) for state in states)
 
 
@@ -109,13 +93,13 @@ def test_all_passes_draw_the_same_masks_on_the_device(case: Case):
 def test_a_module_that_returns_the_loss(case: Case):
     model, optimizer = build(case, mlp)
     module = optimizer.attach(WithLoss(model))
-    other, by_passes = build(case, mlp)
+    other, explicit = build(case, mlp)
     batches = on(samples(mlp(), 4))
     for x, y in batches:
         optimizer.zero_grad()
         module(x, y).backward()
         optimizer.step()
-    passes(other, by_passes, batches)
+    by_passes(other, explicit, batches)
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
 
@@ -127,7 +111,7 @@ def test_at_most_one_wait_for_the_device_in_a_step(case: Case):
         pytest.skip("the sum of the trace is looked at, too")
     model, optimizer = build(case, mlp, torch.float32, refresh_every=1000)
     batches = on(samples(mlp(), 4), torch.float32)
-    passes(model, optimizer, batches[:2])
+    by_passes(model, optimizer, batches[:2])
     torch.cuda.synchronize()
     waits = []
     import warnings
@@ -136,7 +120,7 @@ def test_at_most_one_wait_for_the_device_in_a_step(case: Case):
     try:
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always")
-            passes(model, optimizer, batches[2:3])
+            by_passes(model, optimizer, batches[2:3])
         waits = [w for w in found if "synchronizing" in str(w.message)]
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from cases import CASES, Case, convnet, everything, mlp, same, samples, train
+from cases import CASES, Case, by_passes, convnet, descend, everything, mlp, same, samples, train
 from contract.faults import WithLoss
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -32,11 +32,7 @@ def loop(optimizer, module, batches, parts=1, around=contextlib.nullcontext, sca
             losses.append(output.item())
             loss = output / parts
             (loss if scaler is None else scaler.scale(loss)).backward()
-        if scaler is None:
-            optimizer.step()
-        else:
-            scaler.step(optimizer)
-            scaler.update()
+        descend(optimizer, scaler)
     return losses
 
 
@@ -74,16 +70,16 @@ def test_every_micro_batch_has_a_perturbation_of_its_own(case: Case):
     batches = samples(model, 4)
     torch.manual_seed(0)
     other = mlp()
-    by_passes = case.build(other, refresh_every=1000, m=4)
-    for each in (optimizer, by_passes):
+    explicit = case.build(other, refresh_every=1000, m=4)
+    for each in (optimizer, explicit):
         if each.refresh_due:
             each.refresh(batches[0][0])
     loop(optimizer, module, batches, parts=2)
     for x, y in batches:
-        for gradient_pass in by_passes.passes(samples=8):
+        for gradient_pass in explicit.passes(samples=8):
             with gradient_pass:
                 cross_entropy(other(x[gradient_pass.samples]), y[gradient_pass.samples]).backward()
-        by_passes.step()
+        explicit.step()
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
@@ -103,19 +99,9 @@ def test_it_gives_the_numbers_of_explicit_passes_in_mixed_precision(case: Case, 
     loop(optimizer, module, batches, around=around, scaler=scaler())
     torch.manual_seed(0)
     other = mlp().float()
-    by_passes, its = case.build(other), scaler()
+    its = case.build(other)
     torch.manual_seed(1)
-    for x, y in batches:
-        for gradient_pass in by_passes.passes(scaler=its):
-            with gradient_pass:
-                with around():
-                    loss = cross_entropy(other(x), y)
-                (loss if its is None else its.scale(loss)).backward()
-        if its is None:
-            by_passes.step()
-        else:
-            its.step(by_passes)
-            its.update()
+    by_passes(other, its, batches, inside=around, scaler=scaler())
     # In float16 the first gradient has a scale of its own here, so that small entries are rounded otherwise.
     rounding = 0.0 if dtype is torch.bfloat16 else 2e-3
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
@@ -394,16 +380,16 @@ def test_a_teacher_inside_the_forward_pass_is_let_be():
     torch.manual_seed(0)
     model = mlp()
     other = copy.deepcopy(model)
-    optimizer, by_passes = (ms_optim.SAM(m, lr=0.1, rho=0.2) for m in (model, other))
+    optimizer, explicit = (ms_optim.SAM(m, lr=0.1, rho=0.2) for m in (model, other))
     module, its = optimizer.attach(Distilling(model)), Distilling(other)
     batches = samples(model, 3)
     loop(optimizer, module, batches)
     for x, y in batches:
-        for gradient_pass in by_passes.passes():
+        for gradient_pass in explicit.passes():
             with gradient_pass:
                 its(x, y).backward()
-        by_passes.step()
-    assert same(everything(model, optimizer), everything(other, by_passes))
+        explicit.step()
+    assert same(everything(model, optimizer), everything(other, explicit))
 
 
 @two_passes

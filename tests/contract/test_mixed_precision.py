@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from cases import CASES, Case, convnet, everything, mlp, same, samples
+from cases import CASES, Case, by_passes, convnet, everything, mlp, same, samples
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -27,18 +27,8 @@ def run(case, network, steps, around=contextlib.nullcontext, inside=contextlib.n
     model = network().float()
     optimizer = case.build(model, **options)
     torch.manual_seed(1)
-    for x, y in samples(model, steps):
-        with around():
-            for gradient_pass in optimizer.passes(scaler=scaler):
-                with gradient_pass:
-                    with inside():
-                        loss = cross_entropy(model(x.float()), y)
-                    (loss if scaler is None else scaler.scale(loss)).backward()
-        if scaler is None:
-            optimizer.step()
-        else:
-            scaler.step(optimizer)
-            scaler.update()
+    batches = [(x.float(), y) for x, y in samples(model, steps)]
+    by_passes(model, optimizer, batches, around, inside, scaler)
     return everything(model, optimizer)
 
 

@@ -6,7 +6,7 @@ import io
 
 import pytest
 import torch
-from cases import CASES, Case, convnet, everything, mlp, same, samples
+from cases import CASES, Case, by_passes, convnet, descend, everything, mlp, same, samples
 from contract.faults import WithLoss
 from torch.nn.functional import cross_entropy
 
@@ -54,24 +54,16 @@ def _build(case, model, options):
 def run(model, optimizer, module, batches, form, autocast, scaler):
     around = contextlib.nullcontext if autocast is None else lambda: torch.autocast("cpu", dtype=autocast)
     dtype = next(model.parameters()).dtype
+    batches = [(x.to(dtype), y) for x, y in batches]
+    if form == "passes":
+        by_passes(model, optimizer, batches, inside=around, scaler=scaler)
+        return
     for x, y in batches:
-        x = x.to(dtype)
-        if form == "passes":
-            for gradient_pass in optimizer.passes(scaler=scaler):
-                with gradient_pass:
-                    with around():
-                        loss = cross_entropy(model(x), y)
-                    (loss if scaler is None else scaler.scale(loss)).backward()
-        else:
-            optimizer.zero_grad()
-            with around():
-                loss = cross_entropy(model(x), y) if module is None else module(x, y)
-            (loss if scaler is None else scaler.scale(loss)).backward()
-        if scaler is None:
-            optimizer.step()
-        else:
-            scaler.step(optimizer)
-            scaler.update()
+        optimizer.zero_grad()
+        with around():
+            loss = cross_entropy(model(x), y) if module is None else module(x, y)
+        (loss if scaler is None else scaler.scale(loss)).backward()
+        descend(optimizer, scaler)
 
 
 def interrupted_and_not(case, base, precision, form, stop):

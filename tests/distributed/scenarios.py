@@ -14,6 +14,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from distributed.torchrun import WORLD
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.functional import cross_entropy
@@ -21,7 +22,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import ms_optim
 
-WORLD = 2
 STEPS = 4
 GRADIENT = {
     "SAM": (ms_optim.SAM, {"rho": 0.1}),

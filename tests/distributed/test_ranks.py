@@ -1,17 +1,12 @@
 """Two ranks, started by torchrun, train as one process does with the samples of both."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from distributed import scenarios
-from distributed.scenarios import COMPARED, TOGETHER, WORLD
+from distributed.scenarios import COMPARED, TOGETHER
+from distributed.torchrun import WORLD, on_two_ranks
 from torch import distributed as dist
-
-import ms_optim
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 
@@ -20,13 +15,7 @@ pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_avai
 def found(tmp_path_factory):
     """What each of two ranks found: one pair of processes for all that follows."""
     folder = tmp_path_factory.mktemp("ranks")
-    root = Path(ms_optim.__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}", "OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD}"]
-    done = subprocess.run(
-        [*launcher, scenarios.__file__, str(folder)], env=environment, capture_output=True, text=True, timeout=400
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    on_two_ranks(scenarios.__file__, folder, timeout=400)
     return [torch.load(folder / f"found{rank}", weights_only=True) for rank in range(WORLD)]
 
 
