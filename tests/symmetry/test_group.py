@@ -356,7 +356,7 @@ def test_print_says_what_scales_together_and_what_stood_in_the_way():
 
 
 def test_a_rescaling_inside_an_autocast_block_is_seen_by_what_follows_in_it():
-    """γ moves in place, the weight after it against it; with the copy of that weight as it was the logits would grow."""
+    """γ moves, and the weight after it against it; with a copy of that weight as it was the logits would grow."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 4)).float()
     x = torch.randn(64, 6, dtype=torch.float32)
