@@ -6,7 +6,7 @@ copied list by list: on a GPU a kernel for every single buffer of a network take
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ class Copies:
             copy_lists(self._memory, tensors)
         self.tensors = tensors  # last: from here on there is something to put back
 
-    def put_back(self, but: Sequence[int] = ()) -> None:
+    def put_back(self, but: Collection[int] = ()) -> None:
         """Make the tensors again what they were.
 
         Args:

@@ -19,7 +19,8 @@ from .wrapper import Part
 
 if TYPE_CHECKING:
     from .engine import SharpnessAware
-    from .gradient_pass import GradientPass, Scaled
+    from .gradient_pass import GradientPass
+    from .perturbation import Scaled
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,11 @@ class Observer(Part):
             return
         optimizer, directions, factors = self.optimizer, perturbation.directions, perturbation.factors
         self._norms = {}
+        scale = 1.0 if perturbation.scale is None else float(perturbation.scale)
         for name, p, d, f in zip(optimizer.names(), optimizer.parameters(), directions, factors, strict=True):
             if d is not None:
                 values = d.coalesce().values() if d.is_sparse else d
-                square = torch.linalg.vector_norm(values, dtype=torch.float64).mul(f).square()
+                square = torch.linalg.vector_norm(values, dtype=torch.float64).mul(scale * f).square()
                 self._norms[name] = math.sqrt(completed([square], [p]))
 
     def after(self, gradient_pass: GradientPass) -> None:

@@ -10,8 +10,9 @@ the weights change.
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
@@ -23,29 +24,13 @@ from torch import Tensor
 from ..errors import OptimizerError, OverwrittenWarning
 from .copies import Buffers, Copies, Slot, set_buffers, to_the_end
 from .distributed import local, reshard
+from .perturbation import DeviceNorm, Perturbation, Scaled, add_scaled
 from .randomness import Streams
 
 if TYPE_CHECKING:
     from .engine import SharpnessAware
 
 
-_PORTION_BYTES = 2**26
-
-
-@dataclass(frozen=True)
-class Scaled:
-    """ε_p = f_p d_p, unmultiplied: the products would be a temporary as large as the model.
-
-    Attributes:
-        directions: d, entry by entry, of this rank's part; ``None`` where a parameter is not perturbed.
-        factors: f, one number per entry.
-    """
-
-    directions: list[Tensor | None]
-    factors: list[float]
-
-
-Perturbation = Scaled | list[Tensor | None] | None
 Request = Perturbation | Callable[[], Perturbation]
 
 
@@ -79,18 +64,41 @@ class Snapshot:
         self.schedule = (representative.due, representative.balance, representative.log_scale)
         self.moves = len(optimizer.moved)
         self._buffers = Buffers(Copies() if alone else optimizer.buffers_before)
-        self._weights = Copies()
+        self._weights = Copies() if alone else optimizer.backup
+        self._others = Copies()
+        self.rescalings: list[dict[str, float]] = []  # those of the weights since they were kept, as log-scales by name
+        self.keeps_weights = False
         self.keep_buffers()
 
     def keep_weights(self) -> None:
         """Keep the weights and the tensors of the base optimizer's state as well."""
         optimizer = self.optimizer
-        weights: list[Tensor] = [] if optimizer.model is None else list(optimizer.model.parameters())
+        weights = optimizer.parameters()
         states = optimizer.base.state.values()
         kept = [tensor for tensor in optimizer.kept if tensor is not None and not tensor.is_sparse]
         grads = [p.grad for p in weights if p.grad is not None and not p.grad.is_sparse]
         state = [value for state in states for value in state.values() if isinstance(value, Tensor)]
-        self._weights.take(weights + state + kept + grads)
+        self._weights.take(weights)
+        self._others.take(state + kept + grads)
+        self.rescalings, self.keeps_weights = [], True
+
+    def put_back_weights(self, taken: Sequence[int]) -> None:
+        """Make weights again what they were before they were perturbed, after the refresh of this step.
+
+        They were kept before that refresh, and a second copy would be as large as the model: the refresh multiplies
+        them by numbers, and the same product of the same numbers has the same bits.
+
+        Args:
+            taken: Their positions among the optimizer's parameters.
+        """
+        optimizer, wanted = self.optimizer, set(taken)
+        parameters, names = optimizer.parameters(), optimizer.names()
+        self._weights.put_back([i for i in range(len(parameters)) if i not in wanted])
+        with torch.no_grad():
+            for log_scale in self.rescalings:
+                for i in taken:
+                    if log_scale.get(names[i]):
+                        local(parameters[i]).mul_(math.exp(log_scale[names[i]]))
 
     def restore(self) -> None:
         """Put everything back, to the end even if interrupted."""
@@ -100,7 +108,9 @@ class Snapshot:
         """Put everything back."""
         optimizer = self.optimizer
         self._buffers.put_back()
-        self._weights.put_back()
+        if self.keeps_weights:
+            self._weights.put_back()
+            self._others.put_back()
         torch.clear_autocast_cache()
         if self.streams is not None:
             self.streams.restore()
@@ -175,7 +185,9 @@ class GradientPass:
         self.done = False
         self.refreshes = first and turn.refreshes and optimizer.refresh_due
         self.waits = False
-        self._perturbed: list[tuple[Tensor, int]] = []  # what was, and its version afterwards
+        # What was, its position among the optimizer's parameters, and its version afterwards.
+        self._perturbed: list[tuple[Tensor, int, int]] = []
+        self._norm: DeviceNorm | None = None
         self._buffers = Buffers(optimizer.buffers_between)
         self._after: Streams | None = None  # where the first pass left the random streams
         self._open = ExitStack()
@@ -240,22 +252,29 @@ class GradientPass:
         if not isinstance(perturbation, Scaled):
             perturbation = Scaled(perturbation, [1.0] * len(perturbation))
         optimizer = self.optimizer
+        self._norm = perturbation.norm
         optimizer.observer.perturbed(perturbation)
         pairs = zip(optimizer.parameters(), perturbation.directions, perturbation.factors, strict=True)
-        taken = [(local(p), d, f) for p, d, f in pairs if d is not None]
+        taken = [(i, local(p), d, f) for i, (p, d, f) in enumerate(pairs) if d is not None]
         if taken:
-            optimizer.backup.take([p for p, _, _ in taken])
-            self._perturbed = [(p, -1) for p, _, _ in taken]
-            add_scaled(*(list(column) for column in zip(*taken, strict=True)))
-            self._perturbed = [(p, p._version) for p, _, _ in taken]
+            positions, weights, directions, factors = (list(column) for column in zip(*taken, strict=True))
+            if not self.before.keeps_weights:
+                optimizer.backup.take(weights)
+            self._perturbed = [(p, i, -1) for i, p in zip(positions, weights, strict=True)]
+            add_scaled(weights, directions, factors, perturbation.scale)
+            self._perturbed = [(p, i, p._version) for p, i, _ in self._perturbed]
             self._weights_changed()
 
     def _put_back(self, failed: bool) -> None:
         """Restore the weights, and the buffers if they are not to keep this pass's changes; all, if it has failed."""
         optimizer = self.optimizer
         if self._perturbed:
-            foreign = [] if self.turn.zeroes else self._written_by_others()
-            optimizer.backup.put_back(foreign)
+            foreign = set() if self.turn.zeroes else self._written_by_others()
+            if self.before.keeps_weights:
+                positions = [position for i, (_, position, _) in enumerate(self._perturbed) if i not in foreign]
+                self.before.put_back_weights(positions)
+            else:
+                optimizer.backup.put_back(foreign)
             self._weights_changed()
         if optimizer.buffers == "last" and not failed:
             self.turn.buffers = self._buffers.present()
@@ -265,14 +284,14 @@ class GradientPass:
         if failed:
             self.before.restore()
 
-    def _written_by_others(self) -> list[int]:
+    def _written_by_others(self) -> set[int]:
         """Which weights somebody has written to while a loop's pass was open: those are theirs, and are left alone."""
         model = self.optimizer.model
-        written = [i for i, (p, version) in enumerate(self._perturbed) if version >= 0 and p._version != version]
+        written = {i for i, (p, _, version) in enumerate(self._perturbed) if version >= 0 and p._version != version}
         if not written:
-            return []
+            return set()
         if model is not None and any(vars(m).get("max_norm") is not None for m in model.modules()):
-            return []  # an embedding with a largest norm writes to its weight in every forward pass
+            return set()  # an embedding with a largest norm writes to its weight in every forward pass
         warnings.warn(
             f"{len(written)} weights were written to between a training forward pass and the step of "
             f"{type(self.optimizer).__name__}, which had perturbed them, so they were left as they are; is another "
@@ -312,6 +331,8 @@ class GradientPass:
             raise
         if kind is not None:
             return
+        if self._norm is not None:
+            self._norm.check()
         if self.refreshes and optimizer.refresh_due and optimizer.looks_for_its_model:
             optimizer.stop_looking()
         elif self.refreshes and optimizer.refresh_due:
@@ -321,34 +342,3 @@ class GradientPass:
                 "could not run; build the optimizer with the module that your loop calls, or call "
                 "optimizer.refresh(inputs) before the step"
             )
-
-
-def add_scaled(tensors: list[Tensor], directions: list[Tensor], factors: list[float]) -> None:
-    """tensor += factor · direction, entry by entry.
-
-    Args:
-        tensors: Changed in place.
-        directions: Of the same shapes; sparse ones, too.
-        factors: Numbers.
-    """
-    with torch.no_grad():
-        if len(set(factors)) == 1 and not any(d.is_sparse for d in directions):
-            torch._foreach_add_(tensors, directions, alpha=factors[0])
-            return
-        if not tensors[0].is_cuda or any(d.is_sparse for d in directions):
-            for tensor, direction, factor in zip(tensors, directions, factors, strict=True):
-                tensor.add_(direction, alpha=factor)
-            return
-        # On a GPU one kernel for many tensors beats one for each; their products are a temporary, so in portions.
-        for some in _portions(directions):
-            torch._foreach_add_(tensors[some], torch._foreach_mul(directions[some], factors[some]))
-
-
-def _portions(tensors: list[Tensor]) -> Iterator[slice]:
-    """Slices of about equal size in bytes."""
-    start = size = 0
-    for end, tensor in enumerate(tensors, 1):
-        size += tensor.numel() * tensor.element_size()
-        if size >= _PORTION_BYTES or end == len(tensors):
-            yield slice(start, end)
-            start, size = end, 0

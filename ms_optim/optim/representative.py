@@ -94,7 +94,7 @@ class Representative(Part):
         Args:
             model: The plain module.
             batch: The batch.
-            before: What to go back to after an exception, the weights included; ``None``: to the state now.
+            before: The state before the step, to go back to after an exception; ``None``: the state now.
 
         Returns:
             The balance; ``None`` if the model has no symmetry to use.
@@ -108,16 +108,17 @@ class Representative(Part):
             return None
         if before is None:
             before = Snapshot(self.optimizer, alone=True)
+        if self.rebalance == "move":
             before.keep_weights()
         stream = self.optimizer.generator.get_state()
         normalised = bool(group.statistics) or group.inexact_normalizers > 0
         repeat = self.rebalance == "move" and self.balance is None and normalised
         try:
-            found, t = self._move(model, batch, group)
+            found, t = self._move(model, batch, group, before)
             for _ in range(_FIRST_ROUNDS - 1 if repeat else 0):
                 self.optimizer.generator.set_state(stream)  # other signs would lead somewhere else each time
                 weights = [p.detach().clone() for p in self.optimizer.parameters()]
-                found, further = self._move(model, batch, group)
+                found, further = self._move(model, batch, group, before)
                 t = t + further
                 pairs = zip(weights, self.optimizer.parameters(), strict=True)
                 if self._on_all_ranks(all(torch.equal(w, p) for w, p in pairs)):
@@ -133,7 +134,9 @@ class Representative(Part):
             self.announce(group, t)
         return found
 
-    def _move(self, model: nn.Module, batch: Batch, group: ScaleGroup) -> tuple[Balance, Tensor]:
+    def _move(
+        self, model: nn.Module, batch: Batch, group: ScaleGroup, before: Snapshot
+    ) -> tuple[Balance, Tensor]:
         """Trace, solve, and with ``"move"`` rescale."""
         optimizer, ranks = self.optimizer, self.optimizer.ranks
         device = optimizer.device
@@ -152,8 +155,10 @@ class Representative(Part):
             return found, found.t
         t = ranks.of_first(group.bound(model, found.t, lambda limits: ranks.largest(limits, device)), device)
         found = found if torch.equal(t, found.t) else found.at(t)
+        log_scale = group.log_scale(t)
         group.rescale_(model, t, optimizer.base)
-        optimizer.rescale_kept(group.log_scale(t))
+        before.rescalings.append(log_scale)
+        optimizer.rescale_kept(log_scale)
         return found.moved(), t
 
     def _on_all_ranks(self, reached: bool) -> bool:

@@ -20,7 +20,6 @@ Becker et al., arXiv 2401.12033, Algorithm 1; for the previous gradient the "pre
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -28,10 +27,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..errors import NonFiniteWarning
 from .distributed import completed, is_sharded, local
 from .engine import Plan, SharpnessAware
-from .gradient_pass import Perturbation, Probe, Scaled
+from .gradient_pass import Probe
+from .perturbation import DeviceNorm, Perturbation, Scaled, warn_of_norm
 
 Metric = list[float] | list[Tensor]
 Ascent = Literal["gradient", "momentum", "previous"]
@@ -53,7 +52,8 @@ def ascent(
 
     Returns:
         ε; ``None`` if there is no direction, hence no other gradient to take: no gradient, or zero. For one that is not
-        finite, 0 and a warning: another gradient may be (``None`` if ``quiet``, so that a loss scaler sees it).
+        finite, 0 and a warning: another gradient may be (``None`` if ``quiet``, so that a loss scaler sees it). On a
+        GPU the host does not wait to know: ε is 0 in all of these cases, and the warning comes at the end of the pass.
     """
     taking_part = [i for i, grad in enumerate(grads) if grad is not None]
     whole = [grad for grad in grads if grad is not None]
@@ -64,19 +64,60 @@ def ascent(
         metrics = [metric[i] for i in taking_part]
         numbers = [1.0 if isinstance(m, Tensor) else m for m in metrics]
         raised = _raised(g, metrics)
-        # The one synchronisation of a step: a norm that is not finite must not reach the weights.
+        directions: list[Tensor | None] = [None] * len(grads)
+        for i, direction in zip(taking_part, raised, strict=True):
+            directions[i] = direction
+        factors = [0.0] * len(grads)
+        if not quiet and stays_on_device(whole):  # (a loss scaler waits in every step, and needs the infinity)
+            for i, m in zip(taking_part, numbers, strict=True):
+                factors[i] = rho[i] * m
+            return _scaled_on_device(directions, factors, _square_on_device(g, raised, numbers))
+        # A norm that is not finite must not reach the weights.
         norm = math.sqrt(_square(whole, g, raised, numbers))
         if not math.isfinite(norm) and not quiet:
-            message = "the gradient norm is not finite; the step's gradient is taken without a perturbation"
-            warnings.warn(message, NonFiniteWarning, stacklevel=2)
+            warn_of_norm()
             return Scaled([None] * len(grads), [0.0] * len(grads))
         if not math.isfinite(norm) or norm == 0.0:
             return None
-    directions: list[Tensor | None] = [None] * len(grads)
-    factors = [0.0] * len(grads)
-    for i, direction, m in zip(taking_part, raised, numbers, strict=True):
-        directions[i], factors[i] = direction, rho[i] * m / norm
+    for i, m in zip(taking_part, numbers, strict=True):
+        factors[i] = rho[i] * m / norm
     return Scaled(directions, factors)
+
+
+def stays_on_device(tensors: list[Tensor]) -> bool:
+    """Whether the host would have to wait for a norm, and need not know it: dense tensors on one GPU."""
+    return (
+        len({t.device for t in tensors}) == 1
+        and tensors[0].is_cuda
+        and not any(t.is_sparse for t in tensors)
+        and not is_sharded(tensors)
+    )
+
+
+def _scaled_on_device(directions: list[Tensor | None], factors: list[float], square: Tensor) -> Scaled:
+    """Directions over a norm whose square only the device knows; 0 where that is 0 or not finite."""
+    norm = square.sqrt()
+    usable = norm.isfinite() & (norm > 0)
+    scale = torch.where(usable, 1.0 / norm, 0.0)
+    return Scaled(directions, factors, scale, DeviceNorm(norm))
+
+
+def _square_on_device(g: list[Tensor], raised: list[Tensor], numbers: list[float]) -> Tensor:
+    """:func:`_square` without waiting: a float64 number on the device; NaN or infinite where it is not finite."""
+    norms, power = _norms(g, raised)
+    if set(numbers) != {1.0}:
+        norms = list(torch._foreach_mul([n.double() for n in norms], [m ** (1 / power) for m in numbers]))
+    return torch.stack(norms).double().pow(power).sum()
+
+
+def _norms(g: list[Tensor], raised: list[Tensor]) -> tuple[list[Tensor], int]:
+    """Numbers whose powers are ⟨g_q, raised_q⟩, and which power."""
+    # In half precision the sum of squares would overflow at a norm of 256.
+    kind = torch.float32 if any(a.dtype in (torch.half, torch.bfloat16) for a in g) else None
+    if all(a is b for a, b in zip(g, raised, strict=True)):
+        return list(torch._foreach_norm(g, 2, dtype=kind)), 2
+    # A sum of products none of which is negative.
+    return list(torch._foreach_norm(torch._foreach_mul(g, raised), 1, dtype=kind)), 1
 
 
 def _square(whole: list[Tensor], g: list[Tensor], raised: list[Tensor], numbers: list[float]) -> float:
@@ -85,12 +126,7 @@ def _square(whole: list[Tensor], g: list[Tensor], raised: list[Tensor], numbers:
     if sparse:
         squares = [m * _inner(a, b) for m, a, b in zip(numbers, g, raised, strict=True)]
         return completed(squares, whole) if is_sharded(whole) else sum(torch.stack(squares).tolist())
-    # In half precision the sum of squares would overflow at a norm of 256.
-    kind = torch.float32 if any(a.dtype in (torch.half, torch.bfloat16) for a in g) else None
-    if all(a is b for a, b in zip(g, raised, strict=True)):
-        norms, power = torch._foreach_norm(g, 2, dtype=kind), 2
-    else:  # a sum of products none of which is negative
-        norms, power = torch._foreach_norm(torch._foreach_mul(g, raised), 1, dtype=kind), 1
+    norms, power = _norms(g, raised)
     if is_sharded(whole):
         return completed([m * n.double() ** power for m, n in zip(numbers, norms, strict=True)], whole)
     return sum(m * n**power for m, n in zip(numbers, torch.stack(norms).tolist(), strict=True))

@@ -233,7 +233,6 @@ class Watcher(Wrapper):
             self.batches.append(batch)
         if self.refresh_due and may_refresh and present.refreshes:
             with self.measuring():
-                present.before.keep_weights()
                 self._refresh(batch, present.before)
         if present.waits:
             present.waits = False

@@ -105,8 +105,8 @@ def test_a_module_that_returns_the_loss(case: Case):
 
 
 @every_case
-def test_at_most_one_wait_for_the_device_in_a_step(case: Case):
-    """Between refreshes: the norm of the ascent, which must not reach the weights if it is not finite."""
+def test_no_wait_for_the_device_in_a_step(case: Case):
+    """Between refreshes; the norm of the ascent is read when the pass has been queued behind it."""
     if "trace" in case.name:
         pytest.skip("the sum of the trace is looked at, too")
     model, optimizer = build(case, mlp, torch.float32, refresh_every=1000)
@@ -124,7 +124,7 @@ def test_at_most_one_wait_for_the_device_in_a_step(case: Case):
         waits = [w for w in found if "synchronizing" in str(w.message)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len(waits) <= 1
+    assert not waits
 
 
 @every_case
