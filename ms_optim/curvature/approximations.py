@@ -259,7 +259,7 @@ def _gradient_at(risk: Risk, weights: Sequence[Tensor], steps: Sequence[Tensor],
     with torch.no_grad():
         for parameter, weight, step in zip(risk.parameters.values(), weights, steps, strict=True):
             torch.add(weight, step, alpha=sign, out=parameter)
-    return risk.gradient()
+    return [gradient.detach() for gradient in risk.gradient()]
 
 
 @contextmanager
@@ -298,7 +298,7 @@ def _products(
                     materialize_grads=True,
                     allow_unused=True,
                 )
-                yield v, list(product)
+                yield v, [part.detach() for part in product]  # (in torch 2.6 zeros that were filled in have a graph)
 
 
 def _draw(distribution: Distribution, like: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:

@@ -362,6 +362,12 @@ TOGETHER = {
     **{f"resumed {name}": (resumed, (name,), {}) for name in (*GRADIENT, *ONE_PASS, *RANDOM)},
 }
 
+if not hasattr(torch.cpu.Stream, "record_event"):
+    # torch 2.6 cannot shard on a CPU: its all-gather records an event on a stream that cannot.
+    for table in (COMPARED, TOGETHER):
+        for title in [title for title, (function, *_) in table.items() if function in (sharded, refused_when_sharded)]:
+            del table[title]
+
 
 def main(folder: str) -> None:
     torch.set_default_dtype(torch.float64)
