@@ -105,7 +105,7 @@ def test_every_use_in_a_transformer_is_proved(batch_first, length):
 
 
 NEWER = pytest.mark.skipif(
-    not hasattr(torch.cpu.Stream, "record_event"), reason="torch 2.6 records other operations, which are looked for instead"
+    not hasattr(torch.cpu.Stream, "record_event"), reason="torch 2.6 records other operations"
 )
 
 

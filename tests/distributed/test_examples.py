@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_avai
         "with_ddp.py",
         pytest.param(
             "with_fsdp2.py",
-            marks=pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="torch 2.6 shards on GPUs only"),
+            marks=pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="GPUs only in torch 2.6"),
         ),
     ],
 )
