@@ -97,6 +97,25 @@ CASES = [
         {"strength": 0.0},
         {"strength": 1e-4, "gradient": "noise", "rebalance": "metric"},
     ),
+    Case("ASAM[filter]", ms_optim.ASAM, 2, {"rho": 0.0}, {"rho": 0.1, "operator": "filter"}),
+    Case("ASAM[layer]", ms_optim.ASAM, 2, {"rho": 0.0}, {"rho": 0.1, "operator": "layer"}),
+    Case("SAGM", ms_optim.SAGM, 2, {"rho": 0.0, "alpha": 0.0}, {"rho": 0.1, "alpha": 0.01}),
+    Case("StableSAM", ms_optim.StableSAM, 2, {"rho": 0.0}, {"rho": 0.1}),
+    Case("StableSAM[metric]", ms_optim.StableSAM, 2, {"rho": 0.0}, {"rho": 0.1, "rebalance": "metric"}),
+    Case("GSAM", ms_optim.GSAM, 2, {"rho": 0.0}, {"rho": 0.1}),
+    Case("GSAM[move]", ms_optim.GSAM, 2, {"rho": 0.0}, {"rho": 0.1, "rebalance": "move"}),
+    Case("LookSAM[1]", ms_optim.LookSAM, 2, {"rho": 0.0}, {"rho": 0.1, "k": 1}),
+    Case("FriendlySAM", ms_optim.FriendlySAM, 2, {"rho": 0.0}, {"rho": 0.1}),
+    Case("FriendlySAM[move]", ms_optim.FriendlySAM, 2, {"rho": 0.0}, {"rho": 0.1, "rebalance": "move"}),
+    Case("TiltedSAM", ms_optim.TiltedSAM, 4, {"rho": 0.0, "sigma": 0.0}, {"rho": 0.1, "sigma": 0.02, "samples": 2}),
+    Case("RSAM", ms_optim.RSAM, 2, {"rho": 0.0}, {"rho": 0.05}),
+    Case("RSAM[metric]", ms_optim.RSAM, 2, {"rho": 0.0}, {"rho": 0.05, "rebalance": "metric"}),
+    Case("TraceSAM", ms_optim.TraceSAM, 1, {"rho": 0.0}, {"rho": 0.01}),
+    Case("RandomPerturbation[layer]", ms_optim.RandomPerturbation, 1, {"rho": 0.0}, {"rho": 0.05}),
+    Case("RandomPerturbation[filter]", ms_optim.RandomPerturbation, 1, {"rho": 0.0}, {"rho": 0.05, "scale": "filter"}),
+    Case("FrobSAM", ms_optim.FrobSAM, 3, {"strength": 0.0}, {"strength": 0.01, "rho": 0.05}),
+    Case("DetSAM", ms_optim.DetSAM, 2, {"strength": 0.0}, {"strength": 0.5}),
+    Case("WEISSI", ms_optim.WEISSI, 1, {"strength": 0.0, "sparsity": 0.0}, {"strength": 0.01, "sparsity": 1e-3}),
 ]
 
 
@@ -172,6 +191,7 @@ def by_passes(
                 with gradient_pass:
                     with inside():
                         loss = nn.functional.cross_entropy(model(x), y)
+                    gradient_pass.loss = loss.detach()  # which some weigh their gradients by
                     (loss if scaler is None else scaler.scale(loss)).backward()
         descend(optimizer, scaler)
 

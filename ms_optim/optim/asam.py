@@ -4,6 +4,8 @@ Two operators are in use under this name, and their best ρ differ about fourfol
 
     official      T = |W| + η on weights, 1 on everything else; η = 0.01     (the authors' code and paper)
     elementwise   T = |W| on everything                                     (the common re-implementation)
+    filter        T = ‖f‖ on the entries of a filter (an output of a weight), |W| on vectors       (the paper's second)
+    layer         T = ‖W‖ on the entries of a tensor                        (the variant of arXiv 2306.04226)
 
 A weight is a parameter whose own name holds "weight": that is the official code's definition, BatchNorm's γ included.
 With η = 0 the ball is unchanged by every rescaling that leaves the function unchanged; η > 0 breaks it.  At a
@@ -21,12 +23,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..errors import OptimizerError
-from .distributed import local
+from ..errors import OptimizerError, UnsupportedError
+from .distributed import is_sharded, local
 from .engine import Plan, SharpnessAware
 from .sam import Ascent, sam_plan, taken_ascent
 
-Operator = Literal["official", "elementwise"]
+Operator = Literal["official", "elementwise", "filter", "layer"]
+_OPERATORS = ("official", "elementwise", "filter", "layer")
 
 
 def adaptive_metric(
@@ -60,6 +63,64 @@ def adaptive_metric(
         return metric
 
 
+def whole(number: Tensor) -> Tensor:
+    """A reduction over all of a tensor, wherever its parts lie."""
+    return number.full_tensor() if is_sharded([number]) else number  # type: ignore[attr-defined]
+
+
+def tensor_norms(parameters: list[Tensor]) -> list[Tensor]:
+    """‖W_p‖ of every parameter, as numbers on its device.
+
+    Args:
+        parameters: Sharded ones, too.
+
+    Returns:
+        Tensors without dimensions.
+    """
+    with torch.no_grad():
+        return [whole(torch.linalg.vector_norm(p.detach())) for p in parameters]
+
+
+def filter_norms(parameters: list[Tensor]) -> list[Tensor]:
+    """‖f‖ of every filter, a slice along the first dimension of a weight; of a vector |W|.
+
+    Args:
+        parameters: Sharded ones along the first dimension, too.
+
+    Returns:
+        Of each parameter (this rank's part of it) a tensor that broadcasts to it.
+
+    Raises:
+        UnsupportedError: If a parameter is sharded along another dimension.
+    """
+    norms = []
+    for p in parameters:
+        placements = getattr(p, "placements", ()) if is_sharded([p]) else ()
+        if not all(s.is_replicate() or s.is_shard(0) for s in placements):
+            raise UnsupportedError(
+                f"a parameter of shape {tuple(p.shape)} is sharded along another dimension than its filters "
+                f"({placements}); use operator='elementwise' or 'layer'"
+            )
+        part = local(p).detach()
+        inner = tuple(range(1, part.dim()))
+        norms.append(torch.linalg.vector_norm(part, dim=inner, keepdim=True) if inner else part.abs())
+    return norms
+
+
+def grouped_metric(parameters: list[Tensor], operator: Operator) -> list[Tensor]:
+    """M = w T_{αW}² = T_W², with T one number per filter or per tensor: α falls out of it.
+
+    Args:
+        parameters: W.
+        operator: ``"filter"`` or ``"layer"``.
+
+    Returns:
+        One tensor per parameter, expanded to this rank's part of it.
+    """
+    norms = filter_norms(parameters) if operator == "filter" else tensor_norms(parameters)
+    return [n.square().expand(local(p).shape) for n, p in zip(norms, parameters, strict=True)]
+
+
 class ASAM(SharpnessAware):
     r"""Adaptive SAM, :math:`\min_W \max_{\|T_W^{-1} ε\| ≤ ρ} L(W + ε)`.
 
@@ -67,7 +128,7 @@ class ASAM(SharpnessAware):
         model_or_params: The model, or parameters or groups with ``model=`` beside them.
         base: The class of the optimizer that descends.
         rho: ρ ≥ 0, the radius; 0 is the base optimizer, in one pass.
-        operator: ``"official"`` or ``"elementwise"``; say which in a comparison.
+        operator: ``"official"``, ``"elementwise"``, ``"filter"`` or ``"layer"``; say which in a comparison.
         eta: η ≥ 0 of the official operator.
         ascent: ``"gradient"``; or, in one pass, ``"momentum"``: against the base optimizer's momentum, or
             ``"previous"``: along the gradient of the step before.
@@ -91,8 +152,8 @@ class ASAM(SharpnessAware):
         ascent: Ascent = "gradient",
         **options: Any,
     ) -> None:
-        if operator not in ("official", "elementwise"):
-            raise ValueError(f"operator must be 'official' or 'elementwise', got {operator!r}")
+        if operator not in _OPERATORS:
+            raise ValueError(f"operator must be 'official', 'elementwise', 'filter' or 'layer', got {operator!r}")
         if eta < 0:
             raise ValueError(f"eta must be >= 0, got {eta}")
         super().__init__(model_or_params, base, {"rho": rho}, **options)
@@ -116,6 +177,8 @@ class ASAM(SharpnessAware):
                 "operator='official' treats weights and biases differently and needs their names, and no module that "
                 "owns all the parameters was called in training; pass the model, or operator='elementwise'"
             )
+        if self.operator in ("filter", "layer"):
+            return grouped_metric(self.parameters(), self.operator)
         official = self.operator == "official"
         is_weight = [not official or "weight" in name.rpartition(".")[2] for name in self.names()]
         weights = [local(p).detach() for p in self.parameters()]

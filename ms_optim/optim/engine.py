@@ -104,6 +104,9 @@ class SharpnessAware(Watcher):
         ValueError: If a number is out of its range, or the window of steps never opens.
     """
 
+    #: Whether what is descended along is made of several passes' gradients, which only explicit passes tell apart.
+    combines_passes = False
+
     def __init__(
         self,
         model_or_params: nn.Module | Iterable[Any],
@@ -157,9 +160,11 @@ class SharpnessAware(Watcher):
         self.backup, self.buffers_before, self.buffers_between = Copies(), Copies(), Copies()
         self.moved: list[tuple[ScaleGroup, Tensor]] = []  # the rescalings of this step
         self.kept: list[Tensor | None] = []  # the gradients of the step before, if the plan wants them
+        self.kept_next: list[Tensor | None] | None = None
         self.keeps_gradients = False
         self.keeps_batches = False  # whether the plan wants the inputs of the first pass
         self.batches: list[Batch] = []
+        self.last_loss: Any = None
         self.scaler: torch.amp.GradScaler | None = None  # that of the present step, if it was named
         self.expects_overflow = False
         self._takes_loops = False
@@ -299,7 +304,7 @@ class SharpnessAware(Watcher):
                 "ranks, and their gradients are always summed over all; use m='global', or DistributedDataParallel"
             )
         self._ready = False
-        self.batches, self.moved = [], []
+        self.batches, self.moved, self.kept_next = [], [], None
         if self.ranks.group is not None:  # equal on all ranks, whatever was drawn for batches of different sizes
             self.generator.manual_seed(mixed_seed(self.seed, self.steps))
         before = Snapshot(self)
@@ -335,6 +340,7 @@ class SharpnessAware(Watcher):
             if not gradient_pass.done:
                 raise OptimizerError("a gradient pass was not entered; use `with gradient_pass:` around each backward")
             self.observer.after(gradient_pass)
+            self.last_loss = gradient_pass.loss
             first = False
         try:
             turn.finish()
@@ -392,12 +398,18 @@ class SharpnessAware(Watcher):
             self.stop_looking(nothing_done=not self._ready)
         if self.keeps_gradients and self.schedule.active(self.steps + 1):
             self.kept = copied(self.gradients(), self.kept)
-        self.base.step()
+        if self.kept_next is not None:
+            self.kept, self.kept_next = self.kept_next, None
+        self.descend()
         self._ready = False
         self.steps += 1
         self._watch.steps = self.steps
         self.representative.due -= 1
         return loss
+
+    def descend(self) -> None:
+        """The base optimizer's step, along ``.grad``."""
+        self.base.step()
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state and groups as torch writes them, and our own under ``"ms_optim"``.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..errors import OptimizerError
 from .copies import copy_lists
-from .distributed import local
+from .distributed import completed, local
 from .requirements import MicroBatch
 
 Gradients = list[Tensor | None]
@@ -19,6 +19,71 @@ def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
         return b if a is None else a
     # A sparse tensor takes no dense one; the other way around it works.
     return b + a if a.is_sparse and not b.is_sparse else a + b
+
+
+def inner(a: Gradients, b: Gradients, weights: list[float]) -> float:
+    """Σ_p w_p ⟨a_p, b_p⟩ in float64, over all ranks that hold a part.
+
+    Args:
+        a: One gradient per parameter; an absent one is 0.
+        b: Others.
+        weights: w, one number per parameter.
+
+    Returns:
+        The sum.
+    """
+    whole, products = [], []
+    with torch.no_grad():
+        for x, y, w in zip(a, b, weights, strict=True):
+            if x is not None and y is not None:
+                whole.append(x)
+                products.append(w * (_dense(x) * _dense(y)).sum(dtype=torch.float64))
+    return completed(products, whole) if products else 0.0
+
+
+def power_sum(grads: Gradients, scales: list[float], power: float) -> float:
+    """Σ_p Σ_j |s_p g_pj|^power in float64, over all ranks that hold a part.
+
+    Args:
+        grads: g, one gradient per parameter; an absent one is 0.
+        scales: s, one number per parameter.
+        power: > 0.
+
+    Returns:
+        The sum.
+    """
+    present = [(g, s) for g, s in zip(grads, scales, strict=True) if g is not None]
+    with torch.no_grad():
+        sums = [(_dense(g).double() * s).abs().pow(power).sum() for g, s in present]
+    return completed(sums, [g for g, _ in present]) if present else 0.0
+
+
+def combined(x: float, a: Gradients, y: float, b: Gradients) -> Gradients:
+    """x a + y b, entry by entry, where either may be absent.
+
+    Args:
+        x: A number.
+        a: One gradient per parameter.
+        y: A number.
+        b: Others.
+
+    Returns:
+        New tensors.
+    """
+    with torch.no_grad():
+        scaled = [(None if p is None else p * x, None if q is None else q * y) for p, q in zip(a, b, strict=True)]
+        return [plus(p, q) for p, q in scaled]
+
+
+def held(grads: Gradients) -> Gradients:
+    """Gradients that the next pass does not write to."""
+    return [None if grad is None else grad.detach().clone() for grad in grads]
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    """This rank's part of a gradient, dense: sums of products of two sparse ones have no kernel."""
+    part = local(gradient)
+    return part.to_dense() if part.is_sparse else part
 
 
 def weighted_sum(total: Gradients, grads: Gradients, weight: float) -> Gradients:

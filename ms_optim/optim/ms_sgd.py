@@ -24,7 +24,6 @@ Source: arXiv 2106.12612, Thm 1, for MS; the gradient is derived above.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -35,9 +34,10 @@ from torch import Tensor, nn
 from ..curvature.parallel import own_generator
 from ..curvature.weighted import weighted_trace
 from ..errors import NonFiniteWarning, OptimizerError
-from .distributed import as_shard_of, gathered, local, mixed_seed, shard_index
+from .distributed import as_shard_of, gathered
 from .engine import Plan, SharpnessAware
 from .gradients import plus
+from .noise import deviations, noise
 from .requirements import Rebalance
 
 Gradient = Literal["trace", "noise", "antithetic"]
@@ -100,7 +100,7 @@ class MSRegularizedSGD(SharpnessAware):
                 return drawn[0]
 
             yield draw
-            there = self.gradients()
+            there = self.held_gradients()
             yield [None if z is None else -z for z in drawn.pop()]
             self.average_with(there)
         else:
@@ -121,22 +121,7 @@ class MSRegularizedSGD(SharpnessAware):
         Returns:
             z, per parameter; ``None`` where a parameter is frozen.
         """
-        deviations = [math.sqrt(2.0 * s * w) for s, w in zip(strength, self.scales("weights"), strict=True)]
-        return [
-            self._normal(p, deviation) if p.requires_grad else None
-            for p, deviation in zip(self.parameters(), deviations, strict=True)
-        ]
-
-    def _normal(self, parameter: Tensor, deviation: float) -> Tensor:
-        """N(0, deviation²) for every entry that this rank has, equal where two ranks have the same."""
-        part, generator = local(parameter), self.generator
-        index = shard_index(parameter)
-        if index:
-            seed = mixed_seed(int(torch.randint(2**62, (), generator=generator, device=generator.device)), index)
-            generator = torch.Generator(generator.device).manual_seed(seed)
-        # (Not `empty_like`: the same noise however the entries lie in memory.)
-        drawn = torch.empty(part.shape, device=part.device, dtype=part.dtype)
-        return drawn.normal_(0.0, deviation, generator=generator)
+        return noise(self, deviations([2.0 * s for s in strength], self.scales("weights")))
 
     def average_with(self, other: list[Tensor | None]) -> None:
         """Make ``.grad`` the mean of itself and other gradients, 0 where one is absent.

@@ -62,6 +62,22 @@ class Scaled:
 Perturbation = Scaled | list[Tensor | None] | None
 
 
+def nothing_finite(grads: list[Tensor | None], quiet: bool) -> Scaled | None:
+    """What is added where a gradient is not finite: 0 and a warning, since another gradient may be.
+
+    Args:
+        grads: One per parameter.
+        quiet: Whether that is to be expected, as with a loss scale: then the step needs no other pass.
+
+    Returns:
+        A perturbation that is none, or ``None``.
+    """
+    if quiet:
+        return None
+    warn_of_norm()
+    return Scaled([None] * len(grads), [0.0] * len(grads))
+
+
 def add_scaled(
     tensors: list[Tensor], directions: list[Tensor], factors: list[float], scale: Tensor | None = None
 ) -> None:

@@ -139,6 +139,21 @@ def require_nonnegative(key: str, value: float) -> None:
         raise ValueError(f"{key} must be >= 0 and finite, got {value}; {key}=0 is the base optimizer")
 
 
+def require_count(key: str, value: int, least: int = 1) -> None:
+    """Refuse what is no whole number, or too small a one.
+
+    Args:
+        key: Its name.
+        value: The number.
+        least: The smallest that will do.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{key} must be a whole number >= {least}, got {value!r}")
+
+
 def require_range(
     settings: dict[str, float],
     rebalance: Rebalance,

@@ -30,7 +30,7 @@ from torch.optim import Optimizer
 from .distributed import completed, is_sharded, local
 from .engine import Plan, SharpnessAware
 from .gradient_pass import Probe
-from .perturbation import DeviceNorm, Perturbation, Scaled, warn_of_norm
+from .perturbation import DeviceNorm, Scaled, nothing_finite
 
 Metric = list[float] | list[Tensor]
 Ascent = Literal["gradient", "momentum", "previous"]
@@ -41,7 +41,7 @@ def ascent(
     metric: Metric,  # M_p: one number, or one tensor of the parameter's shape, per parameter
     rho: list[float],  # ρ_p: radius
     quiet: bool = False,
-) -> Perturbation:
+) -> Scaled | None:
     """ε_p = ρ_p M_p g_p / √(Σ_q ⟨g_q, M_q g_q⟩).
 
     Args:
@@ -74,10 +74,9 @@ def ascent(
             return _scaled_on_device(directions, factors, _square_on_device(g, raised, numbers))
         # A norm that is not finite must not reach the weights.
         norm = math.sqrt(_square(whole, g, raised, numbers))
-        if not math.isfinite(norm) and not quiet:
-            warn_of_norm()
-            return Scaled([None] * len(grads), [0.0] * len(grads))
-        if not math.isfinite(norm) or norm == 0.0:
+        if not math.isfinite(norm):
+            return nothing_finite(grads, quiet)
+        if norm == 0.0:
             return None
     for i, m in zip(taking_part, numbers, strict=True):
         factors[i] = rho[i] * m / norm
@@ -207,7 +206,7 @@ def sam_plan(optimizer: SharpnessAware, metric: Callable[[], Metric], ascent_alo
 
 def _known_before(
     optimizer: SharpnessAware, metric: Callable[[], Metric], rho: list[float], ascent_along: Ascent
-) -> Perturbation:
+) -> Scaled | None:
     """ε along a direction that is there before the pass; ``None`` in the first step, which has none."""
     if ascent_along == "momentum":
         # That is the momentum of the objective as it is, whether it is minimised or maximised.

@@ -20,6 +20,7 @@ from ..errors import NoEffectWarning, OptimizerError
 from .binding import Binding
 from .distributed import Ranks, inside_wrapper
 from .gradient_pass import GradientPass, Snapshot
+from .gradients import Gradients, held
 from .loop import Loop
 from .loss_loop import LossLoop
 from .representative import RescaleHook
@@ -39,6 +40,8 @@ class Watcher(Wrapper):
         loss_loop: The passes of one around a module that returns the loss.
         loss_module: That module.
         batches: The inputs of the first pass, if the plan wants them.
+        kept_next: Gradients that are kept once the step is taken.
+        last_loss: The loss of the pass that was last, if somebody said it.
     """
 
     ranks: Ranks
@@ -50,11 +53,44 @@ class Watcher(Wrapper):
     loss_module: nn.Module | None
     batches: list[Batch]
     keeps_batches: bool
+    kept_next: Gradients | None
+    last_loss: Any
     _takes_loops: bool
     _binding: Binding | None
     _pass: GradientPass | None
     _ready: bool
     _measuring: bool
+
+    def held_gradients(self) -> Gradients:
+        """:meth:`gradients` to be kept over the next pass: copies where a wrapper may own their memory."""
+        return held(self.gradients()) if self.ranks.group is not None else self.gradients()
+
+    def set_gradients(self, grads: Gradients) -> None:
+        """Make ``.grad`` of each parameter what is to be descended along."""
+        for p, grad in zip(self.parameters(), grads, strict=True):
+            p.grad = grad
+
+    def keep_next(self, grads: Gradients) -> None:
+        """Keep gradients for the steps to come, once this one is taken."""
+        self.kept_next = grads
+
+    def loss_found(self) -> float:
+        """The loss of the pass that is just over, the mean over the ranks that share perturbations.
+
+        Raises:
+            OptimizerError: If nobody said it.
+        """
+        loss = self.last_loss
+        if loss is None:
+            raise OptimizerError(
+                f"{type(self).__name__} weighs gradients by the losses of their passes, and this pass's is not known; "
+                "set it inside the pass, gradient_pass.loss = loss.detach(), or use step(closure)"
+            )
+        value = torch.as_tensor(loss, dtype=torch.float64, device=self.device).detach().reshape(())
+        if self.ranks.group is not None and self.m != "local":
+            value = value.clone()
+            self.ranks.average_([value])
+        return float(value)
 
     @property
     def refresh_due(self) -> bool:
