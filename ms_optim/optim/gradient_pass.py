@@ -187,6 +187,7 @@ class GradientPass:
         self.waits = False
         # What was, its position among the optimizer's parameters, and its version afterwards.
         self._perturbed: list[tuple[Tensor, int, int]] = []
+        self._foreign: set[int] | None = None  # those of them that somebody else wrote to in the meantime
         self._norm: DeviceNorm | None = None
         self._buffers = Buffers(optimizer.buffers_between)
         self._after: Streams | None = None  # where the first pass left the random streams
@@ -269,7 +270,9 @@ class GradientPass:
         """Restore the weights, and the buffers if they are not to keep this pass's changes; all, if it has failed."""
         optimizer = self.optimizer
         if self._perturbed:
-            foreign = set() if self.turn.zeroes else self._written_by_others()
+            if self._foreign is None:  # once: where putting back was interrupted, it was we who wrote
+                self._foreign = set() if self.turn.zeroes else self._written_by_others()
+            foreign = self._foreign
             if self.before.keeps_weights:
                 positions = [position for i, (_, position, _) in enumerate(self._perturbed) if i not in foreign]
                 self.before.put_back_weights(positions)
