@@ -13,6 +13,7 @@ last come without the optimizer, and the gradient is clipped at the end of the c
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from types import FrameType
@@ -89,18 +90,18 @@ def loss_by_loop(optimizer: SharpnessAware, loop: Loop, closure: Callable[..., A
             loop.finish()
             optimizer.require_passes()
     except BaseException as error:
-        raised = error
-
-        def undo() -> None:
-            loop.fail(raised)
-            for beginning in reversed(optimizer.beginnings):
-                beginning.restore()
-
-        to_the_end(undo)
+        to_the_end(functools.partial(_undo, optimizer, loop, error))
         raise
     finally:
         optimizer.beginnings = []
     return value
+
+
+def _undo(optimizer: SharpnessAware, loop: Loop, error: BaseException) -> None:
+    """Put everything back that a closure has changed, the last first."""
+    loop.fail(error)
+    for beginning in reversed(optimizer.beginnings):
+        beginning.restore()
 
 
 def _require_passes(optimizer: SharpnessAware, loop: Loop) -> None:
