@@ -327,12 +327,19 @@ def test_a_batch_that_is_passed_over_is_a_step_without_gradients(case: Case, loo
 
 
 @two_passes
-def test_an_earlier_forward_pass_without_a_backward_pass_is_undone_first(case: Case):
-    model, optimizer, module = start(case, mlp)
+@every_network
+def test_an_earlier_forward_pass_without_a_backward_pass_is_undone_first(case: Case, network):
+    model, optimizer, module = start(case, network)
     twin, its_optimizer, its_module = copy.deepcopy((model, optimizer, module))
     for batch in samples(model, 2):
+        before, streams = everything(model, optimizer), torch.get_rng_state()
+        module(*batch)
+        with pytest.raises(RuntimeError, match="planted"):
+            optimizer.step(Broken("before", optimizer, module, *batch))
+        assert same(before, everything(model, optimizer)) and torch.equal(streams, torch.get_rng_state())
         module(*batch)
         optimizer.step(Closure(optimizer, module, *batch))
+        torch.set_rng_state(streams)
         its_optimizer.step(Closure(its_optimizer, its_module, *batch))
     assert same(everything(model, optimizer), everything(twin, its_optimizer))
 
