@@ -62,7 +62,7 @@ class Snapshot:
         self.streams: Streams | None = None  # as the first pass begins: a loop may draw before
         representative = optimizer.representative
         self.schedule = (representative.due, representative.balance, representative.log_scale)
-        self.moves = len(optimizer.moved)
+        self.moved, self.moves = optimizer.moved, len(optimizer.moved)
         self._buffers = Buffers(Copies() if alone else optimizer.buffers_before)
         self._weights = Copies() if alone else optimizer.backup
         self._others = Copies()
@@ -117,8 +117,8 @@ class Snapshot:
         optimizer.generator.set_state(self.stream)
         representative = optimizer.representative
         representative.due, representative.balance, representative.log_scale = self.schedule
-        while len(optimizer.moved) > self.moves:
-            group, t = optimizer.moved.pop()
+        while len(self.moved) > self.moves:
+            group, t = self.moved.pop()
             representative.announce(group, -t)
 
     def keep_buffers(self) -> None:

@@ -79,12 +79,8 @@ class Loop:
         """
         if not self.takes:
             return
-        own = {id(p) for p in optimizer.parameters()}
-        for hook in list(module._forward_pre_hooks.values()):
-            other = getattr(hook, "__self__", None)
-            theirs = other.of(module) if isinstance(other, Loop) and other.takes else None
-            if theirs is not None and theirs is not optimizer and any(id(p) in own for p in theirs.parameters()):
-                assert isinstance(other, Loop)
+        for other, theirs in takers(module):
+            if theirs is not optimizer and share_parameters(optimizer, theirs):
                 other.detach()
 
     def __reduce__(self) -> tuple[type[Loop], tuple[()]]:
@@ -150,6 +146,17 @@ class Loop:
         optimizer = self.of(module)
         if optimizer is not None:
             optimizer.interrupt()
+
+    @property
+    def attached(self) -> bool:
+        """Whether it sees the forward passes of a module; not where another has taken its place."""
+        module = None if self._module is None else self._module()
+        return module is not None and any(handle.id in module._forward_pre_hooks for handle in self._handles)
+
+    @property
+    def held(self) -> GradientPass | None:
+        """The pass that is open."""
+        return self._open
 
     @property
     def open(self) -> bool:
@@ -219,3 +226,27 @@ class Loop:
         if self._optimizer is None or self._module is None or self._module() is not module:
             return None
         return self._optimizer()
+
+
+def takers(module: nn.Module) -> list[tuple[Loop, SharpnessAware]]:
+    """What takes passes in the forward passes of a module.
+
+    Args:
+        module: The module.
+
+    Returns:
+        Loops, each with its optimizer, which is alive.
+    """
+    found = []
+    for hook in list(module._forward_pre_hooks.values()):
+        loop = getattr(hook, "__self__", None)
+        optimizer = loop.of(module) if isinstance(loop, Loop) and loop.takes else None
+        if isinstance(loop, Loop) and optimizer is not None:
+            found.append((loop, optimizer))
+    return found
+
+
+def share_parameters(a: SharpnessAware, b: SharpnessAware) -> bool:
+    """Whether a parameter is both optimizers'."""
+    own = {id(p) for p in a.parameters()}
+    return any(id(p) in own for p in b.parameters())

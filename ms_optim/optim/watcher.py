@@ -16,10 +16,11 @@ from torch.utils.hooks import RemovableHandle
 
 from ..balancing import Balance
 from ..batch import Batch
-from ..errors import NoEffectWarning, OptimizerError
+from ..errors import LostGradientsWarning, NoEffectWarning, OptimizerError
 from .binding import Binding
 from .distributed import Ranks, inside_wrapper
 from .gradient_pass import GradientPass, Snapshot
+from .gradients import Version, versions, written_since
 from .loop import Loop
 from .loss_loop import LossLoop
 from .representative import RescaleHook
@@ -39,6 +40,9 @@ class Watcher(Wrapper):
         loss_loop: The passes of one around a module that returns the loss.
         loss_module: That module.
         batches: The inputs of the first pass, if the plan wants them.
+        beginnings: The states to which a closure that is called once can go back: before it, and before each time
+            through the plan that was begun in it; empty outside of one.
+        outside: The gradients as the first training forward outside of all passes found them since the last step.
     """
 
     ranks: Ranks
@@ -50,6 +54,8 @@ class Watcher(Wrapper):
     loss_module: nn.Module | None
     batches: list[Batch]
     keeps_batches: bool
+    beginnings: list[Snapshot]
+    outside: list[Version]
     _takes_loops: bool
     _binding: Binding | None
     _pass: GradientPass | None
@@ -107,10 +113,10 @@ class Watcher(Wrapper):
         if self.model is None:
             raise OptimizerError("refresh needs the network's graph; pass the model when building the optimizer")
         self.interrupt()
-        if self._pass is not None:
+        if self._pass is not None or self.beginnings:
             raise OptimizerError(
-                "refresh was called inside a gradient pass, where the weights may be perturbed and are put back "
-                "afterwards; call it before passes()"
+                "refresh was called inside a gradient pass or a closure, where the weights may be perturbed and are "
+                "put back afterwards; call it before passes() or step(closure)"
             )
         return self._refresh(Batch.of(inputs, self.model), None)
 
@@ -193,6 +199,8 @@ class Watcher(Wrapper):
     def opened(self, gradient_pass: GradientPass) -> None:
         """A pass begins."""
         self._pass = gradient_pass
+        if self.beginnings and self.beginnings[-1] is not gradient_pass.before:
+            self.beginnings.append(gradient_pass.before)
 
     def closed(self, gradient_pass: GradientPass) -> None:
         """It ends."""
@@ -208,6 +216,59 @@ class Watcher(Wrapper):
         self.loss_loop.drop()
         self.loop.drop()
 
+    @property
+    def loop_of_closures(self) -> Loop | None:
+        """What makes the passes of a closure inside it, so that it is called once; ``None``: it is called in each."""
+        if self.loss_loop.attached:
+            return self.loss_loop
+        return self.loop if self._takes_loops and self.loop.begun else None
+
+    def begin_closure(self) -> None:
+        """A closure is about to be called once.
+
+        Raises:
+            OptimizerError: If an explicit pass is open.
+        """
+        if self.inside_an_explicit_pass:
+            raise OptimizerError("step(closure) was called inside a gradient pass; leave the pass first")
+        self.loss_loop.interrupt()  # of a forward pass without its backward
+        self._ready = False
+
+    def pass_over(self) -> None:
+        """The next step has nothing to descend along."""
+        self._ready = True
+
+    def require_passes(self) -> None:
+        """Refuse a descent without passes.
+
+        Raises:
+            OptimizerError: If there were none.
+        """
+        if self._ready or (self._takes_loops and self.model is None):
+            return
+        ways = (
+            ", or optimizer.attach(module) once, to a module whose training forward returns the loss, or build it with "
+            "ascent='momentum' or 'previous', which need one pass only"
+        )
+        raise OptimizerError(
+            f"{type(self).__name__}.step() has no gradient passes to finish: call step(closure), or run `for "
+            "gradient_pass in optimizer.passes(): with gradient_pass: loss.backward()` before step()"
+            + ("" if self._takes_loops else ways)
+        )
+
+    def warn_of_lost_gradients(self) -> None:
+        """Say that gradients were taken before passes that begin without any."""
+        if written_since(self.outside, self.gradients()):
+            warnings.warn(
+                f"gradients were taken since the last step of {type(self).__name__} outside of its passes, and are not "
+                "part of the step: step(closure) calls the closure once per pass, each of which begins without "
+                "gradients; where batches share a step, optimizer.attach(module) to a module whose training forward "
+                "returns the loss, run all of them inside each pass of passes(), or build the optimizer with "
+                "ascent='momentum' or 'previous', which need one pass only",
+                LostGradientsWarning,
+                stacklevel=4,
+            )
+
     def before_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], may_refresh: bool = True) -> None:
         """What the first pass does before the model's forward: refresh if due, keep the batch.
 
@@ -220,7 +281,11 @@ class Watcher(Wrapper):
             OptimizerError: If a wrapper is about to average gradients that were to stay local.
         """
         present = self._pass
-        if not torch.is_grad_enabled() or present is None or not present.first or self._measuring:
+        if not torch.is_grad_enabled() or self._measuring:
+            return
+        if present is None and not (self.outside or self.loss_loop.attached):
+            self.outside = versions(self.gradients())
+        if present is None or not present.first:
             return
         averages = inside_wrapper() and not self.loss_loop.begun
         if averages and self.keeps_local(present) and not self.ranks.wrappers():

@@ -29,7 +29,7 @@ def bench(case, network, form, steps, buffers="first"):
 @given(
     case=st.integers(0, len(CASES) - 1),
     network=st.sampled_from([mlp, convnet]),
-    form=st.integers(0, 2),
+    form=st.integers(0, 3),
     steps=st.integers(0, 3),
     buffers=st.sampled_from(["first", "last"]),
     place=st.floats(0, 1, exclude_max=True),
