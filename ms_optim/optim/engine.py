@@ -233,7 +233,7 @@ class SharpnessAware(Watcher):
 
     @abstractmethod
     def plan(self) -> Plan:
-        """Yield the perturbation of each pass; see the module's docstring."""
+        """Yield where each pass is taken; in a loop ``self`` is a weak proxy (``lambda: self.f()``, not ``self.f``)."""
 
     @property
     def diagnostics(self) -> StepDiagnostics | None:
@@ -287,7 +287,9 @@ class SharpnessAware(Watcher):
         """
         require_whole_batches(self.m)
         self.scaler, self.expects_overflow = None, False
-        return self._passes([(slice(None), 1.0)], refreshes, zeroes=False)
+        # A hook holds what is returned, and must not keep alive an optimizer that is dropped; but a method taken
+        # from a proxy is bound to the optimizer itself.
+        return SharpnessAware._passes(weakref.proxy(self), [(slice(None), 1.0)], refreshes, zeroes=False)
 
     def _passes(
         self, parts: list[tuple[slice, float]], refreshes: bool = True, zeroes: bool = True
@@ -307,7 +309,7 @@ class SharpnessAware(Watcher):
         total: list[Tensor | None] = []
         for index, (samples, weight) in enumerate(parts):
             turn = Turn(before, samples, weight, refreshes and index == 0, zeroes)
-            yield from self._turn(turn)
+            yield from SharpnessAware._turn(self, turn)
             self.batches = []
             if len(parts) > 1:
                 total = weighted_sum(total, self.gradients(), weight)
@@ -320,7 +322,7 @@ class SharpnessAware(Watcher):
 
     def _turn(self, turn: Turn) -> Iterator[GradientPass]:
         """Once through the plan."""
-        plan, first = self.plan() if self.active else _plain(), True
+        plan, first = self.__class__.plan(self) if self.active else _plain(), True
         while True:
             try:
                 request = next(plan)

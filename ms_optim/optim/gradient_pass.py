@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import OptimizerError, OverwrittenWarning
 from .copies import Buffers, Copies, Slot, set_buffers, to_the_end
@@ -176,6 +176,8 @@ class GradientPass:
         self.refreshes = first and turn.refreshes and optimizer.refresh_due
         self.waits = False
         self._perturbed: list[tuple[Tensor, int]] = []  # what was, and its version afterwards
+        # Known when the optimizer is gone:
+        self._backup, self._kind, self._sharded = optimizer.backup, optimizer.__class__.__name__, optimizer.sharded
         self._buffers = Buffers(optimizer.buffers_between)
         self._after: Streams | None = None  # where the first pass left the random streams
         self._open = ExitStack()
@@ -244,19 +246,16 @@ class GradientPass:
         pairs = zip(optimizer.parameters(), perturbation.directions, perturbation.factors, strict=True)
         taken = [(local(p), d, f) for p, d, f in pairs if d is not None]
         if taken:
-            optimizer.backup.take([p for p, _, _ in taken])
+            self._backup.take([p for p, _, _ in taken])
             self._perturbed = [(p, -1) for p, _, _ in taken]
             add_scaled(*(list(column) for column in zip(*taken, strict=True)))
             self._perturbed = [(p, p._version) for p, _, _ in taken]
-            self._weights_changed()
+            self._weights_changed(optimizer.model)
 
     def _put_back(self, failed: bool) -> None:
         """Restore the weights, and the buffers if they are not to keep this pass's changes; all, if it has failed."""
         optimizer = self.optimizer
-        if self._perturbed:
-            foreign = [] if self.turn.zeroes else self._written_by_others()
-            optimizer.backup.put_back(foreign)
-            self._weights_changed()
+        foreign = self._put_weights_back(optimizer.model)
         if optimizer.buffers == "last" and not failed:
             self.turn.buffers = self._buffers.present()
         self._buffers.put_back()
@@ -264,29 +263,57 @@ class GradientPass:
             self._after.restore()
         if failed:
             self.before.restore()
+        self._warn_of(foreign)
 
-    def _written_by_others(self) -> list[int]:
+    def abandon(self, module: nn.Module | None) -> None:
+        """Restore the weights and the buffers of a loop's pass whose optimizer is gone.
+
+        Args:
+            module: The module that has the weights, if it is still there.
+        """
+        if self.done:
+            return
+        self.done = True
+        self._open.close()
+        foreign = self._put_weights_back(module)
+        self._buffers.put_back()
+        self._warn_of(foreign)
+
+    def _put_weights_back(self, model: nn.Module | None) -> list[int]:
+        """Restore the weights, all but those that are returned: others have written to them."""
+        if not self._perturbed:
+            return []
+        foreign = [] if self.turn.zeroes else self._written_by_others(model)
+        self._backup.put_back(foreign)
+        self._weights_changed(model)
+        self._perturbed = []
+        return foreign
+
+    def _written_by_others(self, model: nn.Module | None) -> list[int]:
         """Which weights somebody has written to while a loop's pass was open: those are theirs, and are left alone."""
-        model = self.optimizer.model
         written = [i for i, (p, version) in enumerate(self._perturbed) if version >= 0 and p._version != version]
         if not written:
             return []
         if model is not None and any(vars(m).get("max_norm") is not None for m in model.modules()):
             return []  # an embedding with a largest norm writes to its weight in every forward pass
-        warnings.warn(
-            f"{len(written)} weights were written to between a training forward pass and the step of "
-            f"{type(self.optimizer).__name__}, which had perturbed them, so they were left as they are; is another "
-            "optimizer training them? then drop this one first (del optimizer), or step it",
-            OverwrittenWarning,
-            stacklevel=2,
-        )
         return written
 
-    def _weights_changed(self) -> None:
+    def _warn_of(self, foreign: list[int]) -> None:
+        """Say that weights were left alone, once all others are restored: the warning may be an error."""
+        if foreign:
+            warnings.warn(
+                f"{len(foreign)} weights were written to between a training forward pass and the step of {self._kind}, "
+                "which had perturbed them, so they were left as they are; is another optimizer training them? then "
+                "drop this one first (del optimizer), or step it",
+                OverwrittenWarning,
+                stacklevel=3,
+            )
+
+    def _weights_changed(self, model: nn.Module | None) -> None:
         """Drop what was made of the weights as they were."""
         torch.clear_autocast_cache()
-        if self.optimizer.sharded and self.optimizer.model is not None:
-            reshard(self.optimizer.model)
+        if self._sharded and model is not None:
+            reshard(model)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -6,8 +6,9 @@ pre-hook of the first training forward, where the weights are perturbed, and end
 between nothing else may see perturbed weights, so it is interrupted by a forward pass in evaluation mode or without
 gradients, and by ``state_dict()``; the gradient is there by then, and the step goes on from it.
 
-The hooks hold the optimizer by a weak reference and answer only for the optimizer's own model: copies of the model, as
-for an average of the weights, carry hooks that do nothing.
+The hooks hold the optimizer, and so do the passes, by a weak reference: one that is dropped in the middle of a step is
+gone at once, and its perturbation with it.  They answer only for the optimizer's own model: copies of the model, as for
+an average of the weights, carry hooks that do nothing.
 """
 
 from __future__ import annotations
@@ -32,12 +33,6 @@ def exporting() -> bool:
     """Whether a graph is being recorded: it is to be the model's own, whatever is hooked to it."""
     flag = getattr(torch.compiler, "_is_exporting_flag", None)  # since torch 2.7
     return bool(getattr(torch.compiler, "_is_compiling_flag", False) if flag is None else flag)
-
-
-def _remove(handles: list[torch.utils.hooks.RemovableHandle]) -> None:
-    """Take hooks off their module."""
-    for handle in handles:
-        handle.remove()
 
 
 class Loop:
@@ -69,8 +64,8 @@ class Loop:
         if module is not None and takes:
             hook = module.register_forward_hook(self.after_forward, with_kwargs=True, always_call=True)
             self._handles.append(hook)
-        if optimizer is not None:  # whose hooks are of no use without it
-            weakref.finalize(optimizer, _remove, self._handles)
+        if optimizer is not None:
+            weakref.finalize(optimizer, self._abandon).atexit = False
 
     def _supersede(self, optimizer: SharpnessAware, module: nn.Module) -> None:
         """Take the place of another optimizer of the same parameters, as of one that was built before and dropped.
@@ -159,7 +154,19 @@ class Loop:
     def detach(self) -> None:
         """Leave the module."""
         self.drop()
-        _remove(self._handles)
+        self._remove()
+
+    def _remove(self) -> None:
+        """Take the hooks off the module."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _abandon(self) -> None:
+        """The optimizer is gone: put back what it has perturbed; the hooks are of no use without it."""
+        self._remove()
+        open_, self._open, self._passes = self._open, None, None
+        if open_ is not None:
+            open_.abandon(None if self._module is None else self._module())
 
     @property
     def begun(self) -> bool:
