@@ -461,6 +461,7 @@ class SharpnessAware(Watcher):
         self.interrupt()  # the scaler may skip the step that would do so
         if not _is_a_scalers(sys._getframe(1)):
             return False  # others ask, too, to know whether gradients are unscaled for them
+        self.loop.leave()
         if self.scaler is None and self.active and self.adds_to_gradient and not self.loop.begun:
             raise OptimizerError(
                 f"{type(self).__name__} adds to a gradient that GradScaler is about to divide by the loss scale, and "

@@ -180,6 +180,7 @@ class GradientPass:
         self._backup, self._kind, self._sharded = optimizer.backup, optimizer.__class__.__name__, optimizer.sharded
         self._buffers = Buffers(optimizer.buffers_between)
         self._after: Streams | None = None  # where the first pass left the random streams
+        self._again: tuple[Callable[[], Perturbation], Tensor] | None = None  # what gave ε, and the generator before
         self._open = ExitStack()
 
     @property
@@ -220,13 +221,42 @@ class GradientPass:
         else:
             self._after = now
             turn.streams.restore()
-        if optimizer.keeps_local(self):
-            self._open.enter_context(optimizer.ranks.unsynchronised())
-        self.keep_buffers()
+        self._keep()
         # What a refresh will move, or a model that is still looked for, is waited for.
         self.waits = callable(self.perturbation) and self.first and (self.refreshes or optimizer.looks_for_its_model)
         if not self.waits:
             self.perturb()
+
+    def reopen(self) -> GradientPass:
+        """Enter a loop's only pass once more, at the same perturbed weights: it was interrupted, and the step goes on.
+
+        ε is found again from what it was found from, as noise is from the generator: kept, it is as large as the model.
+
+        Returns:
+            This pass.
+        """
+        optimizer = self.optimizer
+        self.done = False
+        optimizer.opened(self)
+        try:
+            self._keep()
+            self.turn.finish()  # buffers to where the pass has left them
+            if self._again is not None:
+                self.perturbation, stream = self._again
+                now = optimizer.generator.get_state()
+                optimizer.generator.set_state(stream)
+                self.perturb()
+                optimizer.generator.set_state(now)
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
+        return self
+
+    def _keep(self) -> None:
+        """Keep the buffers, and gradients on this rank if they are not to be averaged."""
+        if self.optimizer.keeps_local(self):
+            self._open.enter_context(self.optimizer.ranks.unsynchronised())
+        self.keep_buffers()
 
     def keep_buffers(self) -> None:
         """Keep the buffers, if they are not to keep what this pass does to them."""
@@ -235,7 +265,11 @@ class GradientPass:
 
     def perturb(self) -> None:
         """Add the perturbation, once, keeping what was there."""
-        perturbation = self.perturbation() if callable(self.perturbation) else self.perturbation
+        perturbation = self.perturbation
+        if callable(perturbation):
+            if not self.turn.zeroes:
+                self._again = (perturbation, self.optimizer.generator.get_state())
+            perturbation = perturbation()
         self.perturbation = None
         if perturbation is None:
             return

@@ -4,7 +4,8 @@ Inside an explicit pass the model's first forward brings the batch for a refresh
 ``loss.backward(); optimizer.step()``, around which an optimizer that needs one pass can take it: it begins in a
 pre-hook of the first training forward, where the weights are perturbed, and ends in ``step()``, before the descent.  In
 between nothing else may see perturbed weights, so it is interrupted by a forward pass in evaluation mode or without
-gradients, and by ``state_dict()``; the gradient is there by then, and the step goes on from it.
+gradients, and by ``state_dict()``; the gradient is there by then, and the step goes on from it: to its end, or, in a
+window of accumulation, to the next micro-batch at the same perturbed weights.
 
 The hooks hold the optimizer, and so do the passes, by a weak reference: one that is dropped in the middle of a step is
 gone at once, and its perturbation with it.  They answer only for the optimizer's own model: copies of the model, as for
@@ -44,6 +45,8 @@ class Loop:
         takes: Whether it takes the passes of a loop, or only shows batches to explicit passes.
     """
 
+    goes_on = True  # after an interruption a training forward pass belongs to the same step
+
     def __init__(
         self, optimizer: SharpnessAware | None = None, module: nn.Module | None = None, takes: bool = False
     ) -> None:
@@ -52,6 +55,7 @@ class Loop:
         self.takes = takes
         self._passes: Iterator[GradientPass] | None = None
         self._open: GradientPass | None = None
+        self._left: GradientPass | None = None  # interrupted, and the step not over
         self._running = False  # a forward pass that belongs to the step is under way, or was interrupted
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         if optimizer is not None and module is not None:
@@ -105,11 +109,14 @@ class Loop:
         if self._open is None and optimizer.ready:
             return  # explicit passes are done, and only the descent is to come
         self._mend()
-        first = self._open is None
+        left, self._left = self._left, None
+        first = self._open is None and left is None
         try:
             if first:
                 self._passes = optimizer.loop_passes()
                 self._open = next(self._passes).__enter__()
+            elif left is not None:
+                self._open = left.reopen()
             optimizer.before_forward(args, kwargs, first)
         except BaseException as error:
             self.fail(error)
@@ -164,7 +171,7 @@ class Loop:
     def _abandon(self) -> None:
         """The optimizer is gone: put back what it has perturbed; the hooks are of no use without it."""
         self._remove()
-        open_, self._open, self._passes = self._open, None, None
+        open_, self._open, self._left, self._passes = self._open, None, None, None
         if open_ is not None:
             open_.abandon(None if self._module is None else self._module())
 
@@ -176,7 +183,15 @@ class Loop:
     def interrupt(self) -> None:
         """Restore the weights; what the plan does after the pass is left to :meth:`finish`."""
         self._mend()
+        left = self._open
         self._restore()
+        if left is not None and self.goes_on:
+            self._left = left
+
+    def leave(self) -> None:
+        """The same at the end of a step, which may be skipped: a training forward pass then begins another."""
+        self.interrupt()
+        self._left = None
 
     def _restore(self) -> None:
         """Leave the pass that is open."""
@@ -186,14 +201,14 @@ class Loop:
 
     def fail(self, error: BaseException) -> None:
         """Put everything back after an exception."""
-        open_, self._open, self._passes, self._running = self._open, None, None, False
+        open_, self._open, self._left, self._passes, self._running = self._open, None, None, None, False
         if open_ is not None:
             open_.__exit__(type(error), error, error.__traceback__)
 
     def drop(self) -> None:
         """Restore the weights, and leave it at that."""
         self.interrupt()
-        self._passes = None
+        self._left = self._passes = None
 
     def finish(self) -> None:
         """End the pass and run the plan to its end.
@@ -204,8 +219,9 @@ class Loop:
         try:
             self.interrupt()
         except BaseException:
-            self._passes = None
+            self._left = self._passes = None
             raise
+        self._left = None
         passes, self._passes = self._passes, None
         if passes is not None and next(passes, None) is not None:
             raise OptimizerError(
