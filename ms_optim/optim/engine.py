@@ -389,6 +389,7 @@ class SharpnessAware(Watcher):
                     else ", or optimizer.attach(module) once, to a module whose training forward returns the loss, or "
                     "build it with ascent='momentum' or 'previous', which need one pass only"
                 )
+                + self.why_nothing_began
             )
         if self._binding is not None:
             self.stop_looking(nothing_done=not self._ready)

@@ -57,6 +57,7 @@ class Loop:
         self._open: GradientPass | None = None
         self._left: GradientPass | None = None  # interrupted, and the step not over
         self._running = False  # a forward pass that belongs to the step is under way, or was interrupted
+        self.evaluated = False  # the last forward pass with gradients was one in evaluation mode
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         if optimizer is not None and module is not None:
             self._supersede(optimizer, module)
@@ -100,6 +101,8 @@ class Loop:
         if optimizer.inside_an_explicit_pass:
             optimizer.before_forward(args, kwargs)
             return
+        if torch.is_grad_enabled():
+            self.evaluated = not module.training
         if not (module.training and torch.is_grad_enabled()):
             optimizer.interrupt()
             return

@@ -136,6 +136,16 @@ class Watcher(Wrapper):
         return self.representative.register_hook(hook)
 
     @property
+    def why_nothing_began(self) -> str:
+        """Why a forward pass has not begun a step, if that is known: a sentence, or nothing."""
+        if not self.loop.evaluated:
+            return ""
+        return (
+            f" ({type(self.model).__name__} was called in evaluation mode, in which a loop begins no step: call "
+            "model.train() before it, and then .eval() of the layers that are to stay so)"
+        )
+
+    @property
     def looks_for_its_model(self) -> bool:
         """Whether the module that owns the parameters has not been called yet."""
         return self._binding is not None and self.model is None

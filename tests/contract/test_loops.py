@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from cases import CASES, Case, convnet, everything, mlp, same, samples
+from contract.faults import WithLoss
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -306,3 +307,24 @@ def test_momentum_has_to_be_there():
         ms_optim.MSSAM(mlp(), torch.optim.SGD, ascent="velocity", lr=0.1)
     optimizer = ms_optim.SAM(nn.Sequential(nn.Linear(6, 4)), torch.optim.AdamW, ascent="momentum", lr=0.01)
     loop(optimizer.model, optimizer, samples(optimizer.model, 3))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_step_after_a_forward_pass_in_evaluation_mode_says_so(case: Case):
+    model = mlp().eval()
+    optimizer = case.build(model)
+    module = WithLoss(model).eval()
+    if case.passes > 1:
+        optimizer.attach(module)
+    (x, y), *_ = samples(model, 1)
+    module(x, y).backward()
+    message = r"no gradient passes .*Sequential was called in evaluation mode.*model\.train"
+    with pytest.raises(OptimizerError, match=message):
+        optimizer.step()
+    module.train()
+    if "antithetic" not in case.name:
+        module(x, y).backward()
+        optimizer.step()
+    with pytest.raises(OptimizerError, match="no gradient passes") as raised:
+        optimizer.step()
+    assert "antithetic" in case.name or "evaluation" not in str(raised.value)
