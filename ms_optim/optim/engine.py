@@ -92,8 +92,8 @@ class SharpnessAware(Watcher):
         m: How much of the batch shares a perturbation. ``"global"``: all that a pass sees, on all ranks; ``"local"``:
             what it sees on this rank; a number: as many samples, for which passes are asked for one after another
             (``passes(samples=len(x))``).
-        process_group: The ranks that train this model; ``"auto"``: those of ``DistributedDataParallel``, or all of the
-            default group; ``None``: this process alone.
+        process_group: The ranks that train this model; ``"auto"``: those of ``DistributedDataParallel`` or of FSDP2's
+            mesh, or all of the default group; ``None``: this process alone (each rank trains its own model).
         diagnose: Keep what each step saw in ``optimizer.diagnostics``. It costs a copy of the gradients, and waiting.
         **options: The base optimizer's keyword arguments, such as ``lr``.
 
@@ -302,6 +302,7 @@ class SharpnessAware(Watcher):
             )
         self._ready = False
         self.batches, self.moved = [], []
+        self.ranks.look_again()
         if self.ranks.group is not None:  # equal on all ranks, whatever was drawn for batches of different sizes
             self.generator.manual_seed(mixed_seed(self.seed, self.steps))
         before = Snapshot(self)

@@ -107,6 +107,7 @@ class Watcher(Wrapper):
         if self.model is None:
             raise OptimizerError("refresh needs the network's graph; pass the model when building the optimizer")
         self.interrupt()
+        self.ranks.look_again()
         if self._pass is not None:
             raise OptimizerError(
                 "refresh was called inside a gradient pass, where the weights may be perturbed and are put back "
