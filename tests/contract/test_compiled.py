@@ -90,6 +90,19 @@ def test_by_a_closure(name, how):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_model_that_is_found_is_the_one_inside_and_torch_warns_of_the_search_once(name):
+    model, group, batches = start()
+    call = compiled(model)
+    optimizer = OPTIMIZERS[name](call.parameters(), group)
+    torch.manual_seed(1)
+    with pytest.warns(UserWarning, match="global hooks on modules"):
+        list(train(call, optimizer, batches[:1]))
+    list(train(call, optimizer, batches[1:]))  # where warnings are errors
+    assert optimizer.model is model
+    assert same(everything(model, optimizer), plainly(name))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_in_an_unmodified_loop(name):
     model, group, batches = start()
     optimizer = OPTIMIZERS[name](model, group)
