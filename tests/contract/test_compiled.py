@@ -41,8 +41,8 @@ class Network(nn.Module):
 
 @pytest.fixture(autouse=True)
 def fresh():
-    # An optimizer of another test that still looks for its model, and that a scheduler's cycle keeps until Python happens
-    # to collect it, has a hook on all modules, of which a compiled one warns.
+    # An optimizer of another test that still looks for its model, and that a cycle (of a scheduler) keeps until Python
+    # happens to collect it, has a hook on all modules, of which a compiled one warns.
     gc.collect()
     torch.compiler.reset()
     yield

@@ -328,3 +328,28 @@ def test_a_step_after_a_forward_pass_in_evaluation_mode_says_so(case: Case):
     with pytest.raises(OptimizerError, match="no gradient passes") as raised:
         optimizer.step()
     assert "antithetic" in case.name or "evaluation" not in str(raised.value)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_look_between_forward_and_backward_fails_loudly_but_where_autocast_keeps_copies(autocast):
+    model = mlp().float()
+    optimizer = ms_optim.MSRegularizedSGD(model, gradient="noise", rebalance=None)
+    (x, y), *_ = samples(model, 1)
+
+    def backward(look):
+        optimizer.drop()
+        optimizer.zero_grad()
+        optimizer.generator.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = cross_entropy(model(x.float()), y)
+        if look:
+            with torch.no_grad():
+                model(x.float())
+        loss.backward()
+        return [p.grad for p in model.parameters()]
+
+    if autocast:
+        assert same(backward(look=True), backward(look=False))
+    else:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            backward(look=True)
