@@ -72,6 +72,8 @@ class TwoStep(Loop):
         earlier: A loop that may have begun, from before it was.
     """
 
+    goes_on = False  # the second pass repeats the random numbers of the first, so that is one forward pass
+
     def __init__(
         self,
         optimizer: SharpnessAware | None = None,

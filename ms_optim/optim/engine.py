@@ -92,8 +92,8 @@ class SharpnessAware(Watcher):
         m: How much of the batch shares a perturbation. ``"global"``: all that a pass sees, on all ranks; ``"local"``:
             what it sees on this rank; a number: as many samples, for which passes are asked for one after another
             (``passes(samples=len(x))``).
-        process_group: The ranks that train this model; ``"auto"``: those of ``DistributedDataParallel``, or all of the
-            default group; ``None``: this process alone.
+        process_group: The ranks that train this model; ``"auto"``: those of ``DistributedDataParallel`` or of FSDP2's
+            mesh, or all of the default group; ``None``: this process alone (each rank trains its own model).
         diagnose: Keep what each step saw in ``optimizer.diagnostics``. It costs a copy of the gradients, and waiting.
         **options: The base optimizer's keyword arguments, such as ``lr``.
 
@@ -237,7 +237,7 @@ class SharpnessAware(Watcher):
 
     @abstractmethod
     def plan(self) -> Plan:
-        """Yield the perturbation of each pass; see the module's docstring."""
+        """Yield where each pass is taken; in a loop ``self`` is a weak proxy (``lambda: self.f()``, not ``self.f``)."""
 
     @property
     def diagnostics(self) -> StepDiagnostics | None:
@@ -291,7 +291,9 @@ class SharpnessAware(Watcher):
         """
         require_whole_batches(self.m)
         self.scaler, self.expects_overflow = None, False
-        return self._passes([(slice(None), 1.0)], refreshes, zeroes=False)
+        # A hook holds what is returned, and must not keep alive an optimizer that is dropped; but a method taken
+        # from a proxy is bound to the optimizer itself.
+        return SharpnessAware._passes(weakref.proxy(self), [(slice(None), 1.0)], refreshes, zeroes=False)
 
     def _passes(
         self, parts: list[tuple[slice, float]], refreshes: bool = True, zeroes: bool = True
@@ -304,6 +306,7 @@ class SharpnessAware(Watcher):
             )
         self._ready = False
         self.batches, self.moved, self.outside = [], [], []
+        self.ranks.look_again()
         if self.ranks.group is not None:  # equal on all ranks, whatever was drawn for batches of different sizes
             self.generator.manual_seed(mixed_seed(self.seed, self.steps))
         before = Snapshot(self)
@@ -311,7 +314,7 @@ class SharpnessAware(Watcher):
         total: list[Tensor | None] = []
         for index, (samples, weight) in enumerate(parts):
             turn = Turn(before, samples, weight, refreshes and index == 0, zeroes)
-            yield from self._turn(turn)
+            yield from SharpnessAware._turn(self, turn)
             self.batches = []
             if len(parts) > 1:
                 total = weighted_sum(total, self.gradients(), weight)
@@ -324,7 +327,7 @@ class SharpnessAware(Watcher):
 
     def _turn(self, turn: Turn) -> Iterator[GradientPass]:
         """Once through the plan."""
-        plan, first = self.plan() if self.active else _plain(), True
+        plan, first = self.__class__.plan(self) if self.active else _plain(), True
         while True:
             try:
                 request = next(plan)
@@ -456,6 +459,7 @@ class SharpnessAware(Watcher):
         self.interrupt()  # the scaler may skip the step that would do so
         if not is_a_scalers(sys._getframe(1)):
             return False  # others ask, too, to know whether gradients are unscaled for them
+        self.loop.leave()
         if self.scaler is None and self.active and self.adds_to_gradient and not self.loop.begun:
             raise OptimizerError(
                 f"{type(self).__name__} adds to a gradient that GradScaler is about to divide by the loss scale, and "

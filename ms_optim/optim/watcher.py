@@ -113,6 +113,7 @@ class Watcher(Wrapper):
         if self.model is None:
             raise OptimizerError("refresh needs the network's graph; pass the model when building the optimizer")
         self.interrupt()
+        self.ranks.look_again()
         if self._pass is not None or self.beginnings:
             raise OptimizerError(
                 "refresh was called inside a gradient pass or a closure, where the weights may be perturbed and are "
@@ -140,6 +141,16 @@ class Watcher(Wrapper):
             A handle with ``remove()``.
         """
         return self.representative.register_hook(hook)
+
+    @property
+    def why_nothing_began(self) -> str:
+        """Why a forward pass has not begun a step, if that is known: a sentence, or nothing."""
+        if not self.loop.evaluated:
+            return ""
+        return (
+            f" ({type(self.model).__name__} was called in evaluation mode, in which a loop begins no step: call "
+            "model.train() before it, and then .eval() of the layers that are to stay so)"
+        )
 
     @property
     def looks_for_its_model(self) -> bool:
@@ -254,6 +265,7 @@ class Watcher(Wrapper):
             f"{type(self).__name__}.step() has no gradient passes to finish: call step(closure), or run `for "
             "gradient_pass in optimizer.passes(): with gradient_pass: loss.backward()` before step()"
             + ("" if self._takes_loops else ways)
+            + self.why_nothing_began
         )
 
     def warn_of_lost_gradients(self) -> None:
