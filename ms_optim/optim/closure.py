@@ -25,6 +25,7 @@ from torch import Tensor
 from ..errors import OptimizerError
 from .copies import to_the_end
 from .gradient_pass import Snapshot
+from .gradients import written_since
 from .loop import Loop
 from .randomness import Streams
 
@@ -43,12 +44,14 @@ def loss_by_passes(optimizer: SharpnessAware, closure: Callable[..., Any], sampl
     Returns:
         The loss of the first pass, over all samples.
     """
-    optimizer.warn_of_lost_gradients()
-    loss = None
+    earlier = written_since(optimizer.outside, optimizer.gradients())  # other gradients, from before the call
+    loss, optimizer.zeroed = None, False
     for gradient_pass in optimizer.passes(samples=samples):
         with gradient_pass, torch.enable_grad():
             value = closure() if samples is None else closure(gradient_pass.samples)
             gradient_pass.loss = value.detach() if isinstance(value, Tensor) else value
+            if earlier and gradient_pass.first and not optimizer.zeroed:
+                optimizer.warn_of_lost_gradients()
         if gradient_pass.first:
             weight = gradient_pass.turn.weight
             part = value if weight == 1.0 or value is None else gradient_pass.loss * weight

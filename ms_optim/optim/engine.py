@@ -158,6 +158,7 @@ class SharpnessAware(Watcher):
         self.moved: list[tuple[ScaleGroup, Tensor]] = []  # the rescalings of this step
         self.beginnings: list[Snapshot] = []  # what a closure that is called once can go back to
         self.outside: list[Version] = []  # the gradients as a training forward outside of all passes found them
+        self.zeroed = False
         self.kept: list[Tensor | None] = []  # the gradients of the step before, if the plan wants them
         self.keeps_gradients = False
         self.keeps_batches = False  # whether the plan wants the inputs of the first pass

@@ -20,7 +20,7 @@ from ..errors import LostGradientsWarning, NoEffectWarning, OptimizerError
 from .binding import Binding
 from .distributed import Ranks, inside_wrapper
 from .gradient_pass import GradientPass, Snapshot
-from .gradients import Version, versions, written_since
+from .gradients import Version, versions
 from .loop import Loop
 from .loss_loop import LossLoop
 from .representative import RescaleHook
@@ -43,6 +43,7 @@ class Watcher(Wrapper):
         beginnings: The states to which a closure that is called once can go back: before it, and before each time
             through the plan that was begun in it; empty outside of one.
         outside: The gradients as the first training forward outside of all passes found them since the last step.
+        zeroed: Whether the gradients were zeroed.
     """
 
     ranks: Ranks
@@ -56,6 +57,7 @@ class Watcher(Wrapper):
     keeps_batches: bool
     beginnings: list[Snapshot]
     outside: list[Version]
+    zeroed: bool
     _takes_loops: bool
     _binding: Binding | None
     _pass: GradientPass | None
@@ -268,18 +270,23 @@ class Watcher(Wrapper):
             + self.why_nothing_began
         )
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """See :meth:`torch.optim.Optimizer.zero_grad`."""
+        self.zeroed = True
+        super().zero_grad(set_to_none)
+
     def warn_of_lost_gradients(self) -> None:
-        """Say that gradients were taken before passes that begin without any."""
-        if written_since(self.outside, self.gradients()):
-            warnings.warn(
-                f"gradients were taken since the last step of {type(self).__name__} outside of its passes, and are not "
-                "part of the step: step(closure) calls the closure once per pass, each of which begins without "
-                "gradients; where batches share a step, optimizer.attach(module) to a module whose training forward "
-                "returns the loss, run all of them inside each pass of passes(), or build the optimizer with "
-                "ascent='momentum' or 'previous', which need one pass only",
-                LostGradientsWarning,
-                stacklevel=4,
-            )
+        """Say that gradients were taken before the passes of a closure that did not zero them."""
+        warnings.warn(
+            f"gradients were taken since the last step of {type(self).__name__} outside of its passes, and are not "
+            "part of the step: step(closure) calls the closure once per pass, each of which begins without gradients; "
+            "where batches share a step, optimizer.attach(module) to a module whose training forward returns the "
+            "loss, run all of them inside each pass of passes(), or build the optimizer with ascent='momentum' or "
+            "'previous', which need one pass only; where they are not to count, call optimizer.zero_grad() in the "
+            "closure",
+            LostGradientsWarning,
+            stacklevel=4,
+        )
 
     def before_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], may_refresh: bool = True) -> None:
         """What the first pass does before the model's forward: refresh if due, keep the batch.

@@ -494,11 +494,23 @@ def test_gradients_taken_before_a_closure_of_several_passes_are_not_lost_in_sile
         Closure(optimizer, module, x[:4], y[:4])()
         with pytest.warns(LostGradientsWarning, match="gradients were taken since the last step"):
             optimizer.step(Closure(optimizer, module, x[4:], y[4:], zero=False))
-        optimizer.step(Closure(optimizer, module, x, y))
-        module(x, y)  # a look at the loss takes none
-        optimizer.step(Closure(optimizer, module, x, y))
-        optimizer.zero_grad()
-        optimizer.step(Closure(optimizer, module, x, y))
+        Closure(optimizer, module, x, y)()
+        optimizer.step(Closure(optimizer, module, x, y))  # which does not want them
+        module(x, y)  # takes none
+        optimizer.step(Closure(optimizer, module, x, y, zero=False))
+
+
+@two_passes
+def test_where_that_warning_is_an_error_nothing_is_lost(case: Case):
+    model, optimizer, module = start(case, convnet)
+    optimizer.loss_loop.detach()
+    x, y = samples(model, 1)[0]
+    Closure(optimizer, module, x[:4], y[:4])()
+    before, streams = everything(model, optimizer), torch.get_rng_state()
+    with pytest.raises(LostGradientsWarning):
+        optimizer.step(Closure(optimizer, module, x[4:], y[4:], zero=False))
+    assert same(before, everything(model, optimizer))
+    assert torch.equal(streams, torch.get_rng_state())
 
 
 @loops
