@@ -64,7 +64,8 @@ class Snapshot:
         self.schedule = (representative.due, representative.balance, representative.log_scale)
         self.moved, self.moves = optimizer.moved, len(optimizer.moved)
         self._buffers = Buffers(Copies() if alone else optimizer.buffers_before)
-        self._weights = Copies() if alone else optimizer.backup
+        # A closure that calls an attached module several times may have to be undone as a whole.
+        self._weights = Copies() if alone or optimizer.beginnings else optimizer.backup
         self._others = Copies()
         self.rescalings: list[dict[str, float]] = []  # those of the weights since they were kept, as log-scales by name
         self._names: list[str] = []

@@ -160,8 +160,8 @@ class Loop:
 
     @property
     def held(self) -> GradientPass | None:
-        """The pass that is open."""
-        return self._open
+        """The pass that is open, or was interrupted and goes on."""
+        return self._left if self._open is None else self._open
 
     @property
     def open(self) -> bool:

@@ -102,7 +102,7 @@ def fit(module, steps=STEPS, parts=1, resume=None, **options):
     trainer = lightning.Trainer(
         accelerator="cpu",
         max_steps=steps,
-        val_check_interval=2 * parts,  # between steps
+        val_check_interval=2,
         accumulate_grad_batches=parts,
         logger=False,
         enable_checkpointing=False,
