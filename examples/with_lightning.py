@@ -3,8 +3,10 @@
     python examples/with_lightning.py [32 | bf16-mixed | 16-mixed]
 
 A module whose forward returns the loss, and ``optimizer.attach(module)``: that forward then makes the first of SAM's
-two passes itself, in every precision.  (Without ``attach`` Lightning's closure is called once per pass, but in
-"16-mixed", which takes a GPU, it gives the optimizer none.)  An optimizer of one pass (``ascent="momentum"``,
+two passes itself, in every precision, and Lightning's closure is called once: with ``accumulate_grad_batches`` all
+batches count, and ``gradient_clip_val`` clips the last gradient alone.  (Without ``attach`` the closure is called once
+per pass: batches before the last are lost, with a warning, clipping acts in every pass, and in "16-mixed", which takes
+a GPU, there is no closure, which is refused.)  An optimizer of one pass (``ascent="momentum"``,
 ``MSRegularizedSGD``) needs no ``attach``.
 """
 

@@ -8,6 +8,10 @@ or ``compute_loss_func`` the loss is made outside the model; then take an optimi
 or ``MSRegularizedSGD``, which needs no ``attach``.)
 
 The model is a vision transformer of 27,000 weights, built here from its configuration: nothing is downloaded.
+
+Learning rate, ρ and the size of the first weights were chosen by the accuracy on the validation digits, once, with the
+seed below: the best of 0.003, 0.01, 0.03 × 0.05, 0.1 × 0.02, 0.2 after 10 epochs.  The test digits chose nothing, so
+that the accuracy on them is the one to quote; that on the validation digits is printed beside it.
 """
 
 import tempfile
@@ -21,12 +25,12 @@ import ms_optim
 
 
 def main(epochs: int = 10) -> float:
-    """Train on 1000 handwritten digits; the accuracy on the other 797."""
+    """Train on 1000 handwritten digits; the accuracy on 400 others, which chose nothing."""
     set_seed(0)
     pixels, labels = load_digits(return_X_y=True)
     images = torch.tensor(pixels / 8 - 1, dtype=torch.float32).view(-1, 1, 8, 8)
     digits = [{"pixel_values": x, "labels": int(y)} for x, y in zip(images, labels, strict=True)]
-    train, test = random_split(digits, [1000, 797])
+    train, validation, test = random_split(digits, [1000, 397, 400])
 
     size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
     # 0.2: about 1 / √32; the default is that of wide models.
@@ -52,10 +56,11 @@ def main(epochs: int = 10) -> float:
         )
         trainer = Trainer(model, arguments, train_dataset=train, optimizers=(optimizer, scheduler))
         trainer.train()
-        found = trainer.predict(test)
-    accuracy = float((found.predictions.argmax(1) == found.label_ids).mean())
-    print(f"accuracy {accuracy:.1%} on 797 digits after {epochs} epochs")
-    return accuracy
+        predicted = {"validation": trainer.predict(validation), "test": trainer.predict(test)}
+    accuracies = {name: float((p.predictions.argmax(1) == p.label_ids).mean()) for name, p in predicted.items()}
+    for name, accuracy in accuracies.items():
+        print(f"accuracy {accuracy:.1%} on {len(predicted[name].label_ids)} {name} digits after {epochs} epochs")
+    return accuracies["test"]
 
 
 if __name__ == "__main__":

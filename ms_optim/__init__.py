@@ -4,8 +4,8 @@ Symmetry      scale_symmetries, ScaleGroup
 Curvature     hessian_trace, hessian_diagonal, LayerTraces, LayerDiagonals
 Balancing     balance, rebalance_, Balance
 Sharpness     minimum_sharpness
-Optimizers    MSSAM, MSRegularizedSGD; SAM, ASAM, SAMON; SAGM, StableSAM, GSAM, LookSAM, FriendlySAM, TiltedSAM; RSAM; TraceSAM,
-              FrobSAM, DetSAM, UniversalSAM; RandomPerturbation; BAR, WEISSI; SharpnessAware
+Optimizers    MSSAM, MSRegularizedSGD; SAM, ASAM, SAMON; SAGM, StableSAM, GSAM, LookSAM, FriendlySAM, TiltedSAM; RSAM;
+              TraceSAM, FrobSAM, DetSAM, UniversalSAM; RandomPerturbation; BAR, WEISSI; SharpnessAware
 Checkup       doctor, Diagnosis, Finding: what goes wrong in a training loop without a word
 Beside        ms_optim.testing (laws for any optimizer), ms_optim.integrations.timm, ms_optim.compat (davda54's SAM)
 Errors        ms_optim.errors

@@ -44,14 +44,16 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from .errors import OptimizerError
 from .optim import SharpnessAware
-from .optim.engine import Plan, called_by_a_scaler
+from .optim.closure import called_by_a_scaler
+from .optim.engine import Plan
 from .optim.gradient_pass import Probe
+from .optim.gradients import Version, versions, written_since
 from .optim.loop import Loop
 from .optim.sam import ascent
 
@@ -70,6 +72,8 @@ class TwoStep(Loop):
         earlier: A loop that may have begun, from before it was.
     """
 
+    goes_on = False  # the second pass repeats the random numbers of the first, so that is one forward pass
+
     def __init__(
         self,
         optimizer: SharpnessAware | None = None,
@@ -78,7 +82,7 @@ class TwoStep(Loop):
     ) -> None:
         super().__init__(optimizer, module, takes=True)
         self._second: Iterator[Any] | None = None  # the passes that have come to the second
-        self._before: list[tuple[Tensor | None, int]] = []
+        self._before: list[Version] = []
         if earlier is not None:
             self._passes, self._open, self._second = earlier._passes, earlier._open, earlier._second
 
@@ -100,7 +104,7 @@ class TwoStep(Loop):
         super().before_forward(module, args, kwargs)
         optimizer = self.of(module)
         if optimizer is not None and self._passes is not passes:
-            self._before = _versions(optimizer)
+            self._before = versions(optimizer.gradients())
 
     def has_gradient(self, optimizer: SharpnessAware) -> bool:
         """Whether a gradient was taken in the first pass.
@@ -111,10 +115,7 @@ class TwoStep(Loop):
         Returns:
             Whether one is there that was not, or was another, as the pass began.
         """
-        if not self.begun or len(self._before) != len(optimizer.parameters()):
-            return False
-        pairs = zip(self._before, _versions(optimizer), strict=True)
-        return any(now[0] is not None and (now[0] is not then[0] or now[1] != then[1]) for then, now in pairs)
+        return self.begun and written_since(self._before, optimizer.gradients())
 
     def advance(self, optimizer: SharpnessAware) -> None:
         """From the first pass to the second, by the gradient that is there.
@@ -276,11 +277,6 @@ class TwoStepSAM(SharpnessAware):
             raise
         super().step()
         return loss
-
-
-def _versions(optimizer: SharpnessAware) -> list[tuple[Tensor | None, int]]:
-    """The gradients, and how often each was written to."""
-    return [(p.grad, -1 if p.grad is None else p.grad._version) for p in optimizer.parameters()]
 
 
 SAM = TwoStepSAM

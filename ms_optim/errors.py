@@ -68,6 +68,10 @@ class LostStateWarning(UserWarning):
     """A checkpoint that lacks what a resumed run needs to go on as if it had not stopped."""
 
 
+class LostGradientsWarning(UserWarning):
+    """Gradients that were taken outside of a step's passes, and are not part of it."""
+
+
 class ConformanceError(MsOptimError, AssertionError):
     """An optimizer that breaks a law of :mod:`ms_optim.testing`: what was found, and what was expected."""
 

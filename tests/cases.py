@@ -99,24 +99,37 @@ CASES = [
     ),
     Case("ASAM[filter]", ms_optim.ASAM, 2, {"rho": 0.0}, {"rho": 0.1, "operator": "filter"}),
     Case("ASAM[layer]", ms_optim.ASAM, 2, {"rho": 0.0}, {"rho": 0.1, "operator": "layer"}),
+    Case("FriendlySAM", ms_optim.FriendlySAM, 2, {"rho": 0.0}, {"rho": 0.1}),
+    Case("FriendlySAM[move]", ms_optim.FriendlySAM, 2, {"rho": 0.0}, {"rho": 0.1, "rebalance": "move"}),
+    Case("RSAM", ms_optim.RSAM, 2, {"rho": 0.0}, {"rho": 0.05}),
+    Case("RSAM[metric]", ms_optim.RSAM, 2, {"rho": 0.0}, {"rho": 0.05, "rebalance": "metric"}),
+    Case("TraceSAM[noise]", ms_optim.TraceSAM, 1, {"rho": 0.0}, {"rho": 0.01}),
+    Case("RandomPerturbation[noise,layer]", ms_optim.RandomPerturbation, 1, {"rho": 0.0}, {"rho": 0.05}),
+    Case(
+        "RandomPerturbation[noise,filter]",
+        ms_optim.RandomPerturbation,
+        1,
+        {"rho": 0.0},
+        {"rho": 0.05, "scale": "filter"},
+    ),
+    Case("WEISSI", ms_optim.WEISSI, 1, {"strength": 0.0, "sparsity": 0.0}, {"strength": 0.01, "sparsity": 1e-3}),
+]
+
+# What descends along several passes' gradients: by closures and explicit passes only.
+COMBINED = [
     Case("SAGM", ms_optim.SAGM, 2, {"rho": 0.0, "alpha": 0.0}, {"rho": 0.1, "alpha": 0.01}),
+    Case("SAGM[metric]", ms_optim.SAGM, 2, {"rho": 0.0, "alpha": 0.0}, {"rho": 0.1, "rebalance": "metric"}),
     Case("StableSAM", ms_optim.StableSAM, 2, {"rho": 0.0}, {"rho": 0.1}),
     Case("StableSAM[metric]", ms_optim.StableSAM, 2, {"rho": 0.0}, {"rho": 0.1, "rebalance": "metric"}),
     Case("GSAM", ms_optim.GSAM, 2, {"rho": 0.0}, {"rho": 0.1}),
     Case("GSAM[move]", ms_optim.GSAM, 2, {"rho": 0.0}, {"rho": 0.1, "rebalance": "move"}),
     Case("LookSAM[1]", ms_optim.LookSAM, 2, {"rho": 0.0}, {"rho": 0.1, "k": 1}),
-    Case("FriendlySAM", ms_optim.FriendlySAM, 2, {"rho": 0.0}, {"rho": 0.1}),
-    Case("FriendlySAM[move]", ms_optim.FriendlySAM, 2, {"rho": 0.0}, {"rho": 0.1, "rebalance": "move"}),
-    Case("TiltedSAM", ms_optim.TiltedSAM, 4, {"rho": 0.0, "sigma": 0.0}, {"rho": 0.1, "sigma": 0.02, "samples": 2}),
-    Case("RSAM", ms_optim.RSAM, 2, {"rho": 0.0}, {"rho": 0.05}),
-    Case("RSAM[metric]", ms_optim.RSAM, 2, {"rho": 0.0}, {"rho": 0.05, "rebalance": "metric"}),
-    Case("TraceSAM", ms_optim.TraceSAM, 1, {"rho": 0.0}, {"rho": 0.01}),
-    Case("RandomPerturbation[layer]", ms_optim.RandomPerturbation, 1, {"rho": 0.0}, {"rho": 0.05}),
-    Case("RandomPerturbation[filter]", ms_optim.RandomPerturbation, 1, {"rho": 0.0}, {"rho": 0.05, "scale": "filter"}),
-    Case("FrobSAM", ms_optim.FrobSAM, 3, {"strength": 0.0}, {"strength": 0.01, "rho": 0.05}),
-    Case("DetSAM", ms_optim.DetSAM, 2, {"strength": 0.0}, {"strength": 0.5}),
-    Case("WEISSI", ms_optim.WEISSI, 1, {"strength": 0.0, "sparsity": 0.0}, {"strength": 0.01, "sparsity": 1e-3}),
+    Case("TiltedSAM[noise]", ms_optim.TiltedSAM, 4, {"rho": 0.0, "sigma": 0.0}, {"rho": 0.1, "samples": 2}),
+    Case("FrobSAM[noise]", ms_optim.FrobSAM, 3, {"strength": 0.0}, {"strength": 0.01, "rho": 0.05}),
+    Case("FrobSAM[noise,move]", ms_optim.FrobSAM, 3, {"strength": 0.0}, {"strength": 0.01, "rebalance": "move"}),
+    Case("DetSAM[noise]", ms_optim.DetSAM, 2, {"strength": 0.0}, {"strength": 0.5}),
 ]
+EVERY = CASES + COMBINED
 
 
 def mlp() -> nn.Sequential:

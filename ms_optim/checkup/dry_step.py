@@ -160,6 +160,7 @@ def _ranks_of(model: nn.Module, optimizer: Optimizer) -> ProcessGroup | None:
     if not dist.is_available() or not dist.is_initialized() or is_sharded(model.parameters()):
         return None
     if isinstance(optimizer, SharpnessAware):
+        optimizer.ranks.look_again()
         return optimizer.ranks.group
     wrappers = [module for module in model.modules() if isinstance(module, nn.parallel.DistributedDataParallel)]
     group = wrappers[0].process_group if wrappers else dist.group.WORLD

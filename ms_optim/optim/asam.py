@@ -161,7 +161,7 @@ class ASAM(SharpnessAware):
 
     def plan(self) -> Plan:
         """See the base class."""
-        return sam_plan(self, self.metric, self.ascent)
+        return sam_plan(self, lambda: self.metric(), self.ascent)  # (a method would hold the optimizer)
 
     def metric(self) -> list[Tensor]:
         """M = w T_{αW}², per parameter.

@@ -2,7 +2,8 @@
 
 Libraries build optimizers from parameters, not from models.  Then the model is the outermost module that owns all the
 parameters, and it shows itself when it is called for the first time in training: a hook on all modules looks for it
-until the first step is done.
+until the first step is done.  (Only such a hook sees modules that are not built yet.  Torch's ``OptimizedModule`` warns
+wherever there is one; to silence that would silence it for the hooks of others, too.)
 
 Where that module is of a kind that is known to return the loss, as a timm task does, the optimizer is attached to it,
 and takes the model inside.

@@ -33,11 +33,19 @@ GroupChoice = ProcessGroup | Literal["auto"] | None
 class Ranks:
     """The ranks that train one model together.
 
+    Where there is neither a wrapper nor a mesh, gradients may still be averaged, by hand or by an engine such as
+    DeepSpeed's, and nothing shows it.  Ranks that then did not agree would drift apart without a word, so all are taken
+    to train together; those that do not have to say so.
+
     Args:
         modules: The modules as they were given, wrapped for data parallelism or not.
-        choice: Their process group. ``"auto"``: that of the wrapper, else all ranks of the default group; ``None``:
-            this process alone.
+        choice: Their process group. ``"auto"``: that of the wrapper, that of the mesh over which the parameters are
+            sharded, if it has one dimension, else all ranks of the default group; ``None``: this process alone.
     """
+
+    # What was found in the modules, where it is looked for once a step: that takes as long as some collectives.
+    _wrappers: list[nn.parallel.DistributedDataParallel] | None = None
+    _group: ProcessGroup = None
 
     def __init__(self, modules: list[nn.Module], choice: GroupChoice = "auto") -> None:
         self.modules = modules
@@ -54,14 +62,31 @@ class Ranks:
             return None
         group = self.choice
         if group == "auto":
-            wrappers = self.wrappers()
-            group = wrappers[0].process_group if wrappers else dist.group.WORLD
+            if self._group is None:
+                self._group = self._find_group()
+            group = self._group
         return group if dist.get_world_size(group) > 1 else None
+
+    def _find_group(self) -> ProcessGroup:
+        """What ``"auto"`` is."""
+        wrappers = self.wrappers()
+        if wrappers:
+            return wrappers[0].process_group
+        sharded = (p for given in self.modules for p in given.parameters() if isinstance(p, DTensor))
+        meshes = {p.device_mesh for p in sharded}
+        mesh = meshes.pop() if len(meshes) == 1 else None
+        return mesh.get_group() if mesh is not None and mesh.ndim == 1 else dist.group.WORLD
 
     def wrappers(self) -> list[nn.parallel.DistributedDataParallel]:
         """The wrappers that average gradients."""
-        kind = nn.parallel.DistributedDataParallel
-        return [module for given in self.modules for module in given.modules() if isinstance(module, kind)]
+        if self._wrappers is None:
+            kind, parts = nn.parallel.DistributedDataParallel, (m for given in self.modules for m in given.modules())
+            self._wrappers = list(dict.fromkeys(part for part in parts if isinstance(part, kind)))
+        return self._wrappers
+
+    def look_again(self) -> None:
+        """Forget what was found: a model may have been wrapped, or sharded, since."""
+        self._wrappers = self._group = None
 
     @contextmanager
     def unsynchronised(self) -> Iterator[None]:

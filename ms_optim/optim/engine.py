@@ -29,7 +29,6 @@ import sys
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator
-from types import FrameType
 from typing import Any
 
 import torch
@@ -42,13 +41,14 @@ from ..errors import OptimizerError, UnsupportedError
 from ..symmetry import ScaleGroup
 from . import checkpoint
 from .binding import Binding
+from .closure import called_by_a_scaler, is_a_scalers, loss_by_loop, loss_by_passes
 from .copies import Copies
 from .diagnostics import Observer, StepDiagnostics
 from .distributed import GroupChoice, Ranks, mixed_seed
 from .gradient_pass import GradientPass, Probe, Request, Snapshot, Turn
-from .gradients import copied, slices, weighted_sum
+from .gradients import Version, copied, slices, weighted_sum
 from .loop import Loop
-from .loss_loop import LossLoop
+from .loss_loop import LossLoop, require_no_other
 from .representative import Representative
 from .requirements import (
     Buffers,
@@ -56,6 +56,7 @@ from .requirements import (
     Rebalance,
     require_known_base,
     require_model,
+    require_one_gradient,
     require_own_parameters,
     require_range,
     require_whole_batches,
@@ -92,8 +93,8 @@ class SharpnessAware(Watcher):
         m: How much of the batch shares a perturbation. ``"global"``: all that a pass sees, on all ranks; ``"local"``:
             what it sees on this rank; a number: as many samples, for which passes are asked for one after another
             (``passes(samples=len(x))``).
-        process_group: The ranks that train this model; ``"auto"``: those of ``DistributedDataParallel``, or all of the
-            default group; ``None``: this process alone.
+        process_group: The ranks that train this model; ``"auto"``: those of ``DistributedDataParallel`` or of FSDP2's
+            mesh, or all of the default group; ``None``: this process alone (each rank trains its own model).
         diagnose: Keep what each step saw in ``optimizer.diagnostics``. It costs a copy of the gradients, and waiting.
         **options: The base optimizer's keyword arguments, such as ``lr``.
 
@@ -105,7 +106,7 @@ class SharpnessAware(Watcher):
     """
 
     #: Whether what is descended along is made of several passes' gradients, which only explicit passes tell apart.
-    combines_passes = False
+    combines_passes: bool = False
 
     def __init__(
         self,
@@ -159,6 +160,9 @@ class SharpnessAware(Watcher):
         self._names: list[str] = []
         self.backup, self.buffers_before, self.buffers_between = Copies(), Copies(), Copies()
         self.moved: list[tuple[ScaleGroup, Tensor]] = []  # the rescalings of this step
+        self.beginnings: list[Snapshot] = []  # what a closure that is called once can go back to
+        self.outside: list[Version] = []  # the gradients as a training forward outside of all passes found them
+        self.zeroed = False
         self.kept: list[Tensor | None] = []  # the gradients of the step before, if the plan wants them
         self.kept_next: list[Tensor | None] | None = None
         self.keeps_gradients = False
@@ -224,12 +228,16 @@ class SharpnessAware(Watcher):
             The module.
 
         Raises:
-            OptimizerError: If it does not own the optimizer's parameters.
+            OptimizerError: If it does not own the optimizer's parameters, or another optimizer, of other parameters, is
+                attached to it.
+            UnsupportedError: If what it descends along is made of several passes' gradients.
         """
         require_model(module)
         require_own_parameters(self.parameters(), module)
         require_whole_batches(self.m)
+        require_one_gradient(type(self).__name__, self.combines_passes)
         if not self._takes_loops:
+            require_no_other(self, module)
             self.loss_loop.detach()
             self.loss_module = module
             self.loss_loop = LossLoop(self, module)
@@ -238,7 +246,7 @@ class SharpnessAware(Watcher):
 
     @abstractmethod
     def plan(self) -> Plan:
-        """Yield the perturbation of each pass; see the module's docstring."""
+        """Yield where each pass is taken; in a loop ``self`` is a weak proxy (``lambda: self.f()``, not ``self.f``)."""
 
     @property
     def diagnostics(self) -> StepDiagnostics | None:
@@ -292,7 +300,9 @@ class SharpnessAware(Watcher):
         """
         require_whole_batches(self.m)
         self.scaler, self.expects_overflow = None, False
-        return self._passes([(slice(None), 1.0)], refreshes, zeroes=False)
+        # A hook holds what is returned, and must not keep alive an optimizer that is dropped; but a method taken
+        # from a proxy is bound to the optimizer itself.
+        return SharpnessAware._passes(weakref.proxy(self), [(slice(None), 1.0)], refreshes, zeroes=False)
 
     def _passes(
         self, parts: list[tuple[slice, float]], refreshes: bool = True, zeroes: bool = True
@@ -304,7 +314,8 @@ class SharpnessAware(Watcher):
                 "ranks, and their gradients are always summed over all; use m='global', or DistributedDataParallel"
             )
         self._ready = False
-        self.batches, self.moved, self.kept_next = [], [], None
+        self.batches, self.moved, self.outside, self.kept_next = [], [], [], None
+        self.ranks.look_again()
         if self.ranks.group is not None:  # equal on all ranks, whatever was drawn for batches of different sizes
             self.generator.manual_seed(mixed_seed(self.seed, self.steps))
         before = Snapshot(self)
@@ -312,7 +323,7 @@ class SharpnessAware(Watcher):
         total: list[Tensor | None] = []
         for index, (samples, weight) in enumerate(parts):
             turn = Turn(before, samples, weight, refreshes and index == 0, zeroes)
-            yield from self._turn(turn)
+            yield from SharpnessAware._turn(self, turn)
             self.batches = []
             if len(parts) > 1:
                 total = weighted_sum(total, self.gradients(), weight)
@@ -325,7 +336,7 @@ class SharpnessAware(Watcher):
 
     def _turn(self, turn: Turn) -> Iterator[GradientPass]:
         """Once through the plan."""
-        plan, first = self.plan() if self.active else _plain(), True
+        plan, first = self.__class__.plan(self) if self.active else _plain(), True
         while True:
             try:
                 request = next(plan)
@@ -351,16 +362,23 @@ class SharpnessAware(Watcher):
     def step(self, closure: Callable[..., Any] | None = None, samples: int | None = None) -> Any:
         """One step: all passes through the closure, or, after :meth:`passes`, the descent alone.
 
+        The closure is called once per pass, each of which begins without gradients.  Only where a loop makes the passes
+        inside it (a module is attached, or of an optimizer of one pass training forwards have begun a step) is it
+        called once, and gradients are its own business: as in torch they add to what is there unless it zeroes them.
+        Then a closure that returns no loss and leaves no gradients is a batch passed over.  After an exception in it
+        everything but the gradients is as before the call, or as before the forwards that began the open step.
+
         Args:
-            closure: Zeroes the gradients, runs forward and backward, returns the loss. Called once per pass; with
-                ``samples``, with the slice of the batch that it is to take.
+            closure: Zeroes the gradients, runs forward and backward, returns the loss; with ``samples``, called with
+                the slice of the batch that it is to take, once per pass.
             samples: The size of the batch, where ``m`` is a number.
 
         Returns:
             The loss of the first pass (before any ascent), or ``None`` without a closure.
 
         Raises:
-            OptimizerError: If there is neither a closure nor finished passes, nor a pass begun by a training forward.
+            OptimizerError: If there is neither a closure nor finished passes, nor a pass begun by a training forward,
+                or the closure does not call the module that is attached.
         """
         loss = None
         if closure is not None and called_by_a_scaler():
@@ -370,30 +388,16 @@ class SharpnessAware(Watcher):
                 "optimizer.passes(scaler=scaler): with gradient_pass: scaler.scale(loss).backward()`, and then "
                 "scaler.step(optimizer)"
             )
+        loop = self.loop_of_closures if samples is None else None
         if closure is None:
-            for loop in (self.loss_loop, self.loop):
-                if loop.begun:
-                    loop.finish()
-        if closure is not None:
-            for gradient_pass in self.passes(samples=samples):
-                with gradient_pass, torch.enable_grad():
-                    value = closure() if samples is None else closure(gradient_pass.samples)
-                    gradient_pass.loss = value.detach() if isinstance(value, Tensor) else value
-                if gradient_pass.first:
-                    weight = gradient_pass.turn.weight
-                    part = value if weight == 1.0 or value is None else gradient_pass.loss * weight
-                    loss = part if loss is None else loss + part
-        elif not self._ready and not (self._takes_loops and self.model is None):
-            raise OptimizerError(
-                f"{type(self).__name__}.step() has no gradient passes to finish: call step(closure), or run "
-                "`for gradient_pass in optimizer.passes(): with gradient_pass: loss.backward()` before step()"
-                + (
-                    ""
-                    if self._takes_loops
-                    else ", or optimizer.attach(module) once, to a module whose training forward returns the loss, or "
-                    "build it with ascent='momentum' or 'previous', which need one pass only"
-                )
-            )
+            for begun in (self.loss_loop, self.loop):
+                if begun.begun:
+                    begun.finish()
+            self.require_passes()
+        elif loop is None:
+            loss = loss_by_passes(self, closure, samples)
+        else:
+            loss = loss_by_loop(self, loop, closure)
         if self._binding is not None:
             self.stop_looking(nothing_done=not self._ready)
         if self.keeps_gradients and self.schedule.active(self.steps + 1):
@@ -401,7 +405,7 @@ class SharpnessAware(Watcher):
         if self.kept_next is not None:
             self.kept, self.kept_next = self.kept_next, None
         self.descend()
-        self._ready = False
+        self._ready, self.outside = False, []
         self.steps += 1
         self._watch.steps = self.steps
         self.representative.due -= 1
@@ -445,8 +449,8 @@ class SharpnessAware(Watcher):
         if self._pass is not None:
             raise OptimizerError("an optimizer was copied inside a gradient pass; leave the pass first")
         kept = {k: v for k, v in vars(self).items() if k != "step" and not k.startswith("_optimizer_")}
-        nothing = {"loop": None, "loss_loop": None, "_binding": None, "_watch": None, "scaler": None}
-        return {**kept, **nothing, "moved": []}
+        nothing = dict.fromkeys(["loop", "loss_loop", "_binding", "_watch", "scaler"])
+        return {**kept, **nothing, "moved": [], "beginnings": [], "outside": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy looks at the model that was copied with it."""
@@ -469,8 +473,9 @@ class SharpnessAware(Watcher):
     def _step_supports_amp_scaling(self) -> bool:
         """What GradScaler asks for before it unscales and calls :meth:`step`: the only moment at which we see it."""
         self.interrupt()  # the scaler may skip the step that would do so
-        if not _is_a_scalers(sys._getframe(1)):
+        if not is_a_scalers(sys._getframe(1)):
             return False  # others ask, too, to know whether gradients are unscaled for them
+        self.loop.leave()
         if self.scaler is None and self.active and self.adds_to_gradient and not self.loop.begun:
             raise OptimizerError(
                 f"{type(self).__name__} adds to a gradient that GradScaler is about to divide by the loss scale, and "
@@ -487,20 +492,3 @@ class SharpnessAware(Watcher):
 def _plain() -> Plan:
     """The plan of a step of the base optimizer."""
     yield None
-
-
-def called_by_a_scaler() -> bool:
-    """Whether a GradScaler is a few calls up: hooks, profilers and schedulers are in between."""
-    frame: FrameType | None = sys._getframe()
-    for _ in range(12):
-        if frame is None:
-            return False
-        if _is_a_scalers(frame):
-            return True
-        frame = frame.f_back
-    return False
-
-
-def _is_a_scalers(frame: FrameType) -> bool:
-    """Whether a call is one of torch's gradient scalers."""
-    return bool(frame.f_globals.get("__name__", "").endswith("grad_scaler"))

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import OptimizerError, OverwrittenWarning
 from .copies import Buffers, Copies, Slot, set_buffers, to_the_end
@@ -62,11 +62,13 @@ class Snapshot:
         self.streams: Streams | None = None  # as the first pass begins: a loop may draw before
         representative = optimizer.representative
         self.schedule = (representative.due, representative.balance, representative.log_scale)
-        self.moves = len(optimizer.moved)
+        self.moved, self.moves = optimizer.moved, len(optimizer.moved)
         self._buffers = Buffers(Copies() if alone else optimizer.buffers_before)
-        self._weights = Copies() if alone else optimizer.backup
+        # A closure that calls an attached module several times may have to be undone as a whole.
+        self._weights = Copies() if alone or optimizer.beginnings else optimizer.backup
         self._others = Copies()
         self.rescalings: list[dict[str, float]] = []  # those of the weights since they were kept, as log-scales by name
+        self._names: list[str] = []
         self.keeps_weights = False
         self.keep_buffers()
 
@@ -80,6 +82,7 @@ class Snapshot:
         state = [value for state in states for value in state.values() if isinstance(value, Tensor)]
         self._weights.take(weights)
         self._others.take(state + kept + grads)
+        self._names = list(optimizer.names())
         self.rescalings, self.keeps_weights = [], True
 
     def put_back_weights(self, taken: Sequence[int]) -> None:
@@ -91,14 +94,13 @@ class Snapshot:
         Args:
             taken: Their positions among the optimizer's parameters.
         """
-        optimizer, wanted = self.optimizer, set(taken)
-        parameters, names = optimizer.parameters(), optimizer.names()
-        self._weights.put_back([i for i in range(len(parameters)) if i not in wanted])
+        weights, wanted = self._weights.tensors, set(taken)
+        self._weights.put_back([i for i in range(len(weights)) if i not in wanted])
         with torch.no_grad():
             for log_scale in self.rescalings:
                 for i in taken:
-                    if log_scale.get(names[i]):
-                        local(parameters[i]).mul_(math.exp(log_scale[names[i]]))
+                    if log_scale.get(self._names[i]):
+                        weights[i].mul_(math.exp(log_scale[self._names[i]]))
 
     def restore(self) -> None:
         """Put everything back, to the end even if interrupted."""
@@ -117,8 +119,8 @@ class Snapshot:
         optimizer.generator.set_state(self.stream)
         representative = optimizer.representative
         representative.due, representative.balance, representative.log_scale = self.schedule
-        while len(optimizer.moved) > self.moves:
-            group, t = optimizer.moved.pop()
+        while len(self.moved) > self.moves:
+            group, t = self.moved.pop()
             representative.announce(group, -t)
 
     def keep_buffers(self) -> None:
@@ -187,9 +189,13 @@ class GradientPass:
         self.waits = False
         # What was, its position among the optimizer's parameters, and its version afterwards.
         self._perturbed: list[tuple[Tensor, int, int]] = []
+        self._foreign: set[int] | None = None  # those of them that somebody else wrote to in the meantime
         self._norm: DeviceNorm | None = None
+        # Known when the optimizer is gone:
+        self._backup, self._kind, self._sharded = optimizer.backup, optimizer.__class__.__name__, optimizer.sharded
         self._buffers = Buffers(optimizer.buffers_between)
         self._after: Streams | None = None  # where the first pass left the random streams
+        self._again: tuple[Callable[[], Perturbation], Tensor] | None = None  # what gave ε, and the generator before
         self._open = ExitStack()
 
     @property
@@ -230,13 +236,42 @@ class GradientPass:
         else:
             self._after = now
             turn.streams.restore()
-        if optimizer.keeps_local(self):
-            self._open.enter_context(optimizer.ranks.unsynchronised())
-        self.keep_buffers()
+        self._keep()
         # What a refresh will move, or a model that is still looked for, is waited for.
         self.waits = callable(self.perturbation) and self.first and (self.refreshes or optimizer.looks_for_its_model)
         if not self.waits:
             self.perturb()
+
+    def reopen(self) -> GradientPass:
+        """Enter a loop's only pass once more, at the same perturbed weights: it was interrupted, and the step goes on.
+
+        ε is found again from what it was found from, as noise is from the generator: kept, it is as large as the model.
+
+        Returns:
+            This pass.
+        """
+        optimizer = self.optimizer
+        self.done = False
+        optimizer.opened(self)
+        try:
+            self._keep()
+            self.turn.finish()  # buffers to where the pass has left them
+            if self._again is not None:
+                self.perturbation, stream = self._again
+                now = optimizer.generator.get_state()
+                optimizer.generator.set_state(stream)
+                self.perturb()
+                optimizer.generator.set_state(now)
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
+        return self
+
+    def _keep(self) -> None:
+        """Keep the buffers, and gradients on this rank if they are not to be averaged."""
+        if self.optimizer.keeps_local(self):
+            self._open.enter_context(self.optimizer.ranks.unsynchronised())
+        self.keep_buffers()
 
     def keep_buffers(self) -> None:
         """Keep the buffers, if they are not to keep what this pass does to them."""
@@ -245,7 +280,11 @@ class GradientPass:
 
     def perturb(self) -> None:
         """Add the perturbation, once, keeping what was there."""
-        perturbation = self.perturbation() if callable(self.perturbation) else self.perturbation
+        perturbation = self.perturbation
+        if callable(perturbation):
+            if not self.turn.zeroes:
+                self._again = (perturbation, self.optimizer.generator.get_state())
+            perturbation = perturbation()
         self.perturbation = None
         if perturbation is None:
             return
@@ -259,23 +298,17 @@ class GradientPass:
         if taken:
             positions, weights, directions, factors = (list(column) for column in zip(*taken, strict=True))
             if not self.before.keeps_weights:
-                optimizer.backup.take(weights)
+                self._backup.take(weights)
+            self._foreign = None
             self._perturbed = [(p, i, -1) for i, p in zip(positions, weights, strict=True)]
             add_scaled(weights, directions, factors, perturbation.scale)
             self._perturbed = [(p, i, p._version) for p, i, _ in self._perturbed]
-            self._weights_changed()
+            self._weights_changed(optimizer.model)
 
     def _put_back(self, failed: bool) -> None:
         """Restore the weights, and the buffers if they are not to keep this pass's changes; all, if it has failed."""
         optimizer = self.optimizer
-        if self._perturbed:
-            foreign = set() if self.turn.zeroes else self._written_by_others()
-            if self.before.keeps_weights:
-                positions = [position for i, (_, position, _) in enumerate(self._perturbed) if i not in foreign]
-                self.before.put_back_weights(positions)
-            else:
-                optimizer.backup.put_back(foreign)
-            self._weights_changed()
+        foreign = self._put_weights_back(optimizer.model)
         if optimizer.buffers == "last" and not failed:
             self.turn.buffers = self._buffers.present()
         self._buffers.put_back()
@@ -283,29 +316,62 @@ class GradientPass:
             self._after.restore()
         if failed:
             self.before.restore()
+        self._warn_of(foreign)
 
-    def _written_by_others(self) -> set[int]:
+    def abandon(self, module: nn.Module | None) -> None:
+        """Restore the weights and the buffers of a loop's pass whose optimizer is gone.
+
+        Args:
+            module: The module that has the weights, if it is still there.
+        """
+        if self.done:
+            return
+        self.done = True
+        self._open.close()
+        foreign = self._put_weights_back(module)
+        self._buffers.put_back()
+        self._warn_of(foreign)
+
+    def _put_weights_back(self, model: nn.Module | None) -> set[int]:
+        """Restore the weights, all but those that are returned: others have written to them."""
+        if not self._perturbed:
+            return set()
+        if self._foreign is None:  # once: where putting back was interrupted, it was we who wrote
+            self._foreign = set() if self.turn.zeroes else self._written_by_others(model)
+        if self.before.keeps_weights:
+            taken = [position for i, (_, position, _) in enumerate(self._perturbed) if i not in self._foreign]
+            self.before.put_back_weights(taken)
+        else:
+            self._backup.put_back(self._foreign)
+        self._weights_changed(model)
+        self._perturbed = []
+        return self._foreign
+
+    def _written_by_others(self, model: nn.Module | None) -> set[int]:
         """Which weights somebody has written to while a loop's pass was open: those are theirs, and are left alone."""
-        model = self.optimizer.model
         written = {i for i, (p, _, version) in enumerate(self._perturbed) if version >= 0 and p._version != version}
         if not written:
             return set()
         if model is not None and any(vars(m).get("max_norm") is not None for m in model.modules()):
             return set()  # an embedding with a largest norm writes to its weight in every forward pass
-        warnings.warn(
-            f"{len(written)} weights were written to between a training forward pass and the step of "
-            f"{type(self.optimizer).__name__}, which had perturbed them, so they were left as they are; is another "
-            "optimizer training them? then drop this one first (del optimizer), or step it",
-            OverwrittenWarning,
-            stacklevel=2,
-        )
         return written
 
-    def _weights_changed(self) -> None:
+    def _warn_of(self, foreign: set[int]) -> None:
+        """Say that weights were left alone, once all others are restored: the warning may be an error."""
+        if foreign:
+            warnings.warn(
+                f"{len(foreign)} weights were written to between a training forward pass and the step of {self._kind}, "
+                "which had perturbed them, so they were left as they are; is another optimizer training them? then "
+                "drop this one first (del optimizer), or step it",
+                OverwrittenWarning,
+                stacklevel=3,
+            )
+
+    def _weights_changed(self, model: nn.Module | None) -> None:
         """Drop what was made of the weights as they were."""
         torch.clear_autocast_cache()
-        if self.optimizer.sharded and self.optimizer.model is not None:
-            reshard(self.optimizer.model)
+        if self._sharded and model is not None:
+            reshard(model)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from .distributed import completed, local
 from .requirements import MicroBatch
 
 Gradients = list[Tensor | None]
+Version = tuple["weakref.ReferenceType[Tensor] | None", int]  # which tensor, and how often it was written to
 
 
 def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -131,6 +134,33 @@ def _fits(grad: Tensor, memory: Tensor) -> bool:
     """Whether one dense tensor can be copied into another without a change of type."""
     sparse = grad.is_sparse or memory.is_sparse
     return not sparse and grad.shape == memory.shape and grad.dtype == memory.dtype
+
+
+def versions(grads: Gradients) -> list[Version]:
+    """What is there, without keeping it.
+
+    Args:
+        grads: Gradients.
+
+    Returns:
+        One version each.
+    """
+    return [(None, -1) if grad is None else (weakref.ref(grad), grad._version) for grad in grads]
+
+
+def written_since(before: list[Version], grads: Gradients) -> bool:
+    """Whether a gradient is there that was not, or was another.
+
+    Args:
+        before: What was there; empty for nothing that is known.
+        grads: What is there now.
+
+    Returns:
+        Whether there is one.
+    """
+    pairs = list(zip(before, grads, strict=True)) if len(before) == len(grads) else []
+    then = [(None if there is None else there(), version, grad) for (there, version), grad in pairs]
+    return any(grad is not None and (grad is not old or grad._version != version) for old, version, grad in then)
 
 
 def slices(samples: int | None, m: MicroBatch) -> list[tuple[slice, float]]:

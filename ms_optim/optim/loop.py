@@ -4,10 +4,12 @@ Inside an explicit pass the model's first forward brings the batch for a refresh
 ``loss.backward(); optimizer.step()``, around which an optimizer that needs one pass can take it: it begins in a
 pre-hook of the first training forward, where the weights are perturbed, and ends in ``step()``, before the descent.  In
 between nothing else may see perturbed weights, so it is interrupted by a forward pass in evaluation mode or without
-gradients, and by ``state_dict()``; the gradient is there by then, and the step goes on from it.
+gradients, and by ``state_dict()``; the gradient is there by then, and the step goes on from it: to its end, or, in a
+window of accumulation, to the next micro-batch at the same perturbed weights.
 
-The hooks hold the optimizer by a weak reference and answer only for the optimizer's own model: copies of the model, as
-for an average of the weights, carry hooks that do nothing.
+The hooks hold the optimizer, and so do the passes, by a weak reference: one that is dropped in the middle of a step is
+gone at once, and its perturbation with it.  They answer only for the optimizer's own model: copies of the model, as for
+an average of the weights, carry hooks that do nothing.
 """
 
 from __future__ import annotations
@@ -34,12 +36,6 @@ def exporting() -> bool:
     return bool(getattr(torch.compiler, "_is_compiling_flag", False) if flag is None else flag)
 
 
-def _remove(handles: list[torch.utils.hooks.RemovableHandle]) -> None:
-    """Take hooks off their module."""
-    for handle in handles:
-        handle.remove()
-
-
 class Loop:
     """The pass that is under way in an ordinary loop, if one is.
 
@@ -49,6 +45,8 @@ class Loop:
         takes: Whether it takes the passes of a loop, or only shows batches to explicit passes.
     """
 
+    goes_on = True  # after an interruption a training forward pass belongs to the same step
+
     def __init__(
         self, optimizer: SharpnessAware | None = None, module: nn.Module | None = None, takes: bool = False
     ) -> None:
@@ -57,7 +55,9 @@ class Loop:
         self.takes = takes
         self._passes: Iterator[GradientPass] | None = None
         self._open: GradientPass | None = None
+        self._left: GradientPass | None = None  # interrupted, and the step not over
         self._running = False  # a forward pass that belongs to the step is under way, or was interrupted
+        self.evaluated = False  # the last forward pass with gradients was one in evaluation mode
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         if optimizer is not None and module is not None:
             self._supersede(optimizer, module)
@@ -69,8 +69,8 @@ class Loop:
         if module is not None and takes:
             hook = module.register_forward_hook(self.after_forward, with_kwargs=True, always_call=True)
             self._handles.append(hook)
-        if optimizer is not None:  # whose hooks are of no use without it
-            weakref.finalize(optimizer, _remove, self._handles)
+        if optimizer is not None:
+            weakref.finalize(optimizer, self._abandon).atexit = False
 
     def _supersede(self, optimizer: SharpnessAware, module: nn.Module) -> None:
         """Take the place of another optimizer of the same parameters, as of one that was built before and dropped.
@@ -79,12 +79,8 @@ class Loop:
         """
         if not self.takes:
             return
-        own = {id(p) for p in optimizer.parameters()}
-        for hook in list(module._forward_pre_hooks.values()):
-            other = getattr(hook, "__self__", None)
-            theirs = other.of(module) if isinstance(other, Loop) and other.takes else None
-            if theirs is not None and theirs is not optimizer and any(id(p) in own for p in theirs.parameters()):
-                assert isinstance(other, Loop)
+        for other, theirs in takers(module):
+            if theirs is not optimizer and share_parameters(optimizer, theirs):
                 other.detach()
 
     def __reduce__(self) -> tuple[type[Loop], tuple[()]]:
@@ -101,6 +97,8 @@ class Loop:
         if optimizer.inside_an_explicit_pass:
             optimizer.before_forward(args, kwargs)
             return
+        if torch.is_grad_enabled():
+            self.evaluated = not module.training
         if not (module.training and torch.is_grad_enabled()):
             optimizer.interrupt()
             return
@@ -110,11 +108,14 @@ class Loop:
         if self._open is None and optimizer.ready:
             return  # explicit passes are done, and only the descent is to come
         self._mend()
-        first = self._open is None
+        left, self._left = self._left, None
+        first = self._open is None and left is None
         try:
             if first:
                 self._passes = optimizer.loop_passes()
                 self._open = next(self._passes).__enter__()
+            elif left is not None:
+                self._open = left.reopen()
             optimizer.before_forward(args, kwargs, first)
         except BaseException as error:
             self.fail(error)
@@ -152,6 +153,17 @@ class Loop:
             optimizer.interrupt()
 
     @property
+    def attached(self) -> bool:
+        """Whether it sees the forward passes of a module; not where another has taken its place."""
+        module = None if self._module is None else self._module()
+        return module is not None and any(handle.id in module._forward_pre_hooks for handle in self._handles)
+
+    @property
+    def held(self) -> GradientPass | None:
+        """The pass that is open, or was interrupted and goes on."""
+        return self._left if self._open is None else self._open
+
+    @property
     def open(self) -> bool:
         """Whether the weights may be perturbed."""
         return self._open is not None
@@ -159,7 +171,19 @@ class Loop:
     def detach(self) -> None:
         """Leave the module."""
         self.drop()
-        _remove(self._handles)
+        self._remove()
+
+    def _remove(self) -> None:
+        """Take the hooks off the module."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _abandon(self) -> None:
+        """The optimizer is gone: put back what it has perturbed; the hooks are of no use without it."""
+        self._remove()
+        open_, self._open, self._left, self._passes = self._open, None, None, None
+        if open_ is not None:
+            open_.abandon(None if self._module is None else self._module())
 
     @property
     def begun(self) -> bool:
@@ -169,7 +193,15 @@ class Loop:
     def interrupt(self) -> None:
         """Restore the weights; what the plan does after the pass is left to :meth:`finish`."""
         self._mend()
+        left = self._open
         self._restore()
+        if left is not None and self.goes_on:
+            self._left = left
+
+    def leave(self) -> None:
+        """The same at the end of a step, which may be skipped: a training forward pass then begins another."""
+        self.interrupt()
+        self._left = None
 
     def _restore(self) -> None:
         """Leave the pass that is open."""
@@ -179,14 +211,14 @@ class Loop:
 
     def fail(self, error: BaseException) -> None:
         """Put everything back after an exception."""
-        open_, self._open, self._passes, self._running = self._open, None, None, False
+        open_, self._open, self._left, self._passes, self._running = self._open, None, None, None, False
         if open_ is not None:
             open_.__exit__(type(error), error, error.__traceback__)
 
     def drop(self) -> None:
         """Restore the weights, and leave it at that."""
         self.interrupt()
-        self._passes = None
+        self._left = self._passes = None
 
     def finish(self) -> None:
         """End the pass and run the plan to its end.
@@ -197,8 +229,9 @@ class Loop:
         try:
             self.interrupt()
         except BaseException:
-            self._passes = None
+            self._left = self._passes = None
             raise
+        self._left = None
         passes, self._passes = self._passes, None
         if passes is not None and next(passes, None) is not None:
             raise OptimizerError(
@@ -219,3 +252,27 @@ class Loop:
         if self._optimizer is None or self._module is None or self._module() is not module:
             return None
         return self._optimizer()
+
+
+def takers(module: nn.Module) -> list[tuple[Loop, SharpnessAware]]:
+    """What takes passes in the forward passes of a module.
+
+    Args:
+        module: The module.
+
+    Returns:
+        Loops, each with its optimizer, which is alive.
+    """
+    found = []
+    for hook in list(module._forward_pre_hooks.values()):
+        loop = getattr(hook, "__self__", None)
+        optimizer = loop.of(module) if isinstance(loop, Loop) and loop.takes else None
+        if isinstance(loop, Loop) and optimizer is not None:
+            found.append((loop, optimizer))
+    return found
+
+
+def share_parameters(a: SharpnessAware, b: SharpnessAware) -> bool:
+    """Whether a parameter is both optimizers'."""
+    own = {id(p) for p in a.parameters()}
+    return any(id(p) in own for p in b.parameters())

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from ..errors import OptimizerError
-from .loop import Loop, exporting
+from .loop import Loop, exporting, share_parameters, takers
 
 if TYPE_CHECKING:
     from .engine import SharpnessAware
@@ -196,10 +196,36 @@ class LossLoop(Loop):
         if self._open is not None and not looks_itself:
             self.fail(RuntimeError("the backward pass was not run to its end"))
 
+    def detach(self) -> None:
+        """Leave the module, and let the optimizer be attached to none."""
+        super().detach()
+        optimizer = None if self._optimizer is None else self._optimizer()
+        if optimizer is not None:
+            optimizer.loss_module = None
+
     def fail(self, error: BaseException) -> None:
         """Put everything back after an exception."""
         self._clean = None
         super().fail(error)
+
+
+def require_no_other(optimizer: SharpnessAware, module: nn.Module) -> None:
+    """Refuse a second optimizer beside another of other parameters: each would run the other's passes in its own.
+
+    Args:
+        optimizer: The optimizer that is to be attached.
+        module: The module.
+
+    Raises:
+        OptimizerError: If there is one. (That of the same parameters, built before, is superseded.)
+    """
+    for loop, other in takers(module):
+        if isinstance(loop, LossLoop) and other is not optimizer and not share_parameters(optimizer, other):
+            raise OptimizerError(
+                f"another {type(other).__name__}, of other parameters, is attached to this {type(module).__name__}, "
+                "and the passes of both would run inside each other; build one optimizer with a parameter group for "
+                "each, drop the other first (del optimizer), or use passes() of one after the other"
+            )
 
 
 def loss_of(output: Any, module: nn.Module) -> Tensor:

@@ -80,7 +80,7 @@ class MSRegularizedSGD(SharpnessAware):
             model_or_params, torch.optim.SGD, settings, rebalance=rebalance, lr=lr, momentum=momentum, **options
         )
         self.gradient = gradient
-        self.keeps_batches = gradient == "trace"
+        self.keeps_batches, self.combines_passes = gradient == "trace", gradient == "antithetic"
         if gradient != "antithetic":
             self.take_loops()
 

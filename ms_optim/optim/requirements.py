@@ -101,6 +101,24 @@ def require_whole_batches(m: MicroBatch) -> None:
         )
 
 
+def require_one_gradient(name: str, combines: bool) -> None:
+    """Refuse an optimizer that descends along what several passes found, where a loop's backward pass is only the last.
+
+    Args:
+        name: The optimizer's.
+        combines: Whether it does.
+
+    Raises:
+        UnsupportedError: If it does.
+    """
+    if combines:
+        raise UnsupportedError(
+            f"{name} descends along a combination of the gradients of its passes, and in a loop around an attached "
+            "module .grad, which may be accumulated, scaled and clipped, holds the last of them only; use "
+            "step(closure) or passes()"
+        )
+
+
 def require_known_base(base: Optimizer, rebalance: Rebalance) -> None:
     """Refuse at once what would fail at the first descent, or at the first refresh with state.
 

@@ -16,11 +16,11 @@ from torch.utils.hooks import RemovableHandle
 
 from ..balancing import Balance
 from ..batch import Batch
-from ..errors import NoEffectWarning, OptimizerError
+from ..errors import LostGradientsWarning, NoEffectWarning, OptimizerError
 from .binding import Binding
 from .distributed import Ranks, inside_wrapper
 from .gradient_pass import GradientPass, Snapshot
-from .gradients import Gradients, held
+from .gradients import Gradients, Version, held, versions
 from .loop import Loop
 from .loss_loop import LossLoop
 from .representative import RescaleHook
@@ -42,6 +42,10 @@ class Watcher(Wrapper):
         batches: The inputs of the first pass, if the plan wants them.
         kept_next: Gradients that are kept once the step is taken.
         last_loss: The loss of the pass that was last, if somebody said it.
+        beginnings: The states to which a closure that is called once can go back: before it, and before each time
+            through the plan that was begun in it; empty outside of one.
+        outside: The gradients as the first training forward outside of all passes found them since the last step.
+        zeroed: Whether the gradients were zeroed.
     """
 
     ranks: Ranks
@@ -55,6 +59,9 @@ class Watcher(Wrapper):
     keeps_batches: bool
     kept_next: Gradients | None
     last_loss: Any
+    beginnings: list[Snapshot]
+    outside: list[Version]
+    zeroed: bool
     _takes_loops: bool
     _binding: Binding | None
     _pass: GradientPass | None
@@ -143,10 +150,11 @@ class Watcher(Wrapper):
         if self.model is None:
             raise OptimizerError("refresh needs the network's graph; pass the model when building the optimizer")
         self.interrupt()
-        if self._pass is not None:
+        self.ranks.look_again()
+        if self._pass is not None or self.beginnings:
             raise OptimizerError(
-                "refresh was called inside a gradient pass, where the weights may be perturbed and are put back "
-                "afterwards; call it before passes()"
+                "refresh was called inside a gradient pass or a closure, where the weights may be perturbed and are "
+                "put back afterwards; call it before passes() or step(closure)"
             )
         return self._refresh(Batch.of(inputs, self.model), None)
 
@@ -170,6 +178,16 @@ class Watcher(Wrapper):
             A handle with ``remove()``.
         """
         return self.representative.register_hook(hook)
+
+    @property
+    def why_nothing_began(self) -> str:
+        """Why a forward pass has not begun a step, if that is known: a sentence, or nothing."""
+        if not self.loop.evaluated:
+            return ""
+        return (
+            f" ({type(self.model).__name__} was called in evaluation mode, in which a loop begins no step: call "
+            "model.train() before it, and then .eval() of the layers that are to stay so)"
+        )
 
     @property
     def looks_for_its_model(self) -> bool:
@@ -229,6 +247,8 @@ class Watcher(Wrapper):
     def opened(self, gradient_pass: GradientPass) -> None:
         """A pass begins."""
         self._pass = gradient_pass
+        if self.beginnings and self.beginnings[-1] is not gradient_pass.before:
+            self.beginnings.append(gradient_pass.before)
 
     def closed(self, gradient_pass: GradientPass) -> None:
         """It ends."""
@@ -244,6 +264,65 @@ class Watcher(Wrapper):
         self.loss_loop.drop()
         self.loop.drop()
 
+    @property
+    def loop_of_closures(self) -> Loop | None:
+        """What makes the passes of a closure inside it, so that it is called once; ``None``: it is called in each."""
+        if self.loss_loop.attached:
+            return self.loss_loop
+        return self.loop if self._takes_loops and self.loop.begun else None
+
+    def begin_closure(self) -> None:
+        """A closure is about to be called once.
+
+        Raises:
+            OptimizerError: If an explicit pass is open.
+        """
+        if self.inside_an_explicit_pass:
+            raise OptimizerError("step(closure) was called inside a gradient pass; leave the pass first")
+        self.loss_loop.interrupt()  # of a forward pass without its backward
+        self._ready = False
+
+    def pass_over(self) -> None:
+        """The next step has nothing to descend along."""
+        self._ready = True
+
+    def require_passes(self) -> None:
+        """Refuse a descent without passes.
+
+        Raises:
+            OptimizerError: If there were none.
+        """
+        if self._ready or (self._takes_loops and self.model is None):
+            return
+        ways = (
+            ", or optimizer.attach(module) once, to a module whose training forward returns the loss, or build it with "
+            "ascent='momentum' or 'previous', which need one pass only"
+        )
+        raise OptimizerError(
+            f"{type(self).__name__}.step() has no gradient passes to finish: call step(closure), or run `for "
+            "gradient_pass in optimizer.passes(): with gradient_pass: loss.backward()` before step()"
+            + ("" if self._takes_loops else ways)
+            + self.why_nothing_began
+        )
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """See :meth:`torch.optim.Optimizer.zero_grad`."""
+        self.zeroed = True
+        super().zero_grad(set_to_none)
+
+    def warn_of_lost_gradients(self) -> None:
+        """Say that gradients were taken before the passes of a closure that did not zero them."""
+        warnings.warn(
+            f"gradients were taken since the last step of {type(self).__name__} outside of its passes, and are not "
+            "part of the step: step(closure) calls the closure once per pass, each of which begins without gradients; "
+            "where batches share a step, optimizer.attach(module) to a module whose training forward returns the "
+            "loss, run all of them inside each pass of passes(), or build the optimizer with ascent='momentum' or "
+            "'previous', which need one pass only; where they are not to count, call optimizer.zero_grad() in the "
+            "closure",
+            LostGradientsWarning,
+            stacklevel=4,
+        )
+
     def before_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], may_refresh: bool = True) -> None:
         """What the first pass does before the model's forward: refresh if due, keep the batch.
 
@@ -256,7 +335,11 @@ class Watcher(Wrapper):
             OptimizerError: If a wrapper is about to average gradients that were to stay local.
         """
         present = self._pass
-        if not torch.is_grad_enabled() or present is None or not present.first or self._measuring:
+        if not torch.is_grad_enabled() or self._measuring:
+            return
+        if present is None and not (self.outside or self.loss_loop.attached):
+            self.outside = versions(self.gradients())
+        if present is None or not present.first:
             return
         averages = inside_wrapper() and not self.loss_loop.begun
         if averages and self.keeps_local(present) and not self.ranks.wrappers():

@@ -10,7 +10,8 @@ import datetime
 import sys
 
 import torch
-from checkup.loops import Loop, TwoStepSAM
+from checkup.loops import Loop
+from checkup.optimizers import TwoStepSAM
 from torch import distributed as dist
 from torch import nn
 from torch.nn.functional import cross_entropy

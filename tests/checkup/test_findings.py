@@ -5,7 +5,8 @@ import gc
 import pytest
 import torch
 from cases import CASES, convnet, mlp, samples
-from checkup.loops import LOOPS, NOTES, Loop, TwoStepSAM, ours, plain, positional, scaled, single, two_step
+from checkup.loops import LOOPS, NOTES, Loop, ours, plain, positional, scaled, single, two_step
+from checkup.optimizers import TwoStepSAM
 from torch import nn
 from torch.nn.functional import cross_entropy
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.modules.module as module_hooks
 from cases import CASES, convnet, samples
-from checkup.loops import TwoStepSAM, two_step
+from checkup.loops import two_step
+from checkup.optimizers import TwoStepSAM
 from torch import nn
 from torch.nn.functional import cross_entropy
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cases import Case, everything, same, samples
+from cases import COMBINED, Case, everything, same, samples
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -71,10 +71,33 @@ def drive(form: str, model: nn.Module, optimizer: Any, x: torch.Tensor, y: torch
                     return loss
 
                 optimizer.step(closure)
+            elif form == "loss module, closure":
+
+                def once() -> torch.Tensor:
+                    optimizer.zero_grad()
+                    loss = optimizer.loss_module(x, y)
+                    loss.backward()
+                    return loss
+
+                optimizer.step(once)
+            elif form == "loop, closure":
+                optimizer.zero_grad()
+                planted.stopped = True  # of what comes before the step, see "loop"
+                cross_entropy(model(x[:4]), y[:4]).backward()
+                planted.stopped = False
+
+                def last() -> torch.Tensor:
+                    loss = cross_entropy(model(x[4:]), y[4:])
+                    loss.backward()
+                    return loss
+
+                optimizer.step(last)
             elif form == "passes":
                 for gradient_pass in optimizer.passes():
                     with gradient_pass:
-                        cross_entropy(model(x), y).backward()
+                        loss = cross_entropy(model(x), y)
+                        gradient_pass.loss = loss.detach()
+                        loss.backward()
                 optimizer.step()
             else:
                 optimizer.zero_grad()
@@ -95,8 +118,9 @@ def drive(form: str, model: nn.Module, optimizer: Any, x: torch.Tensor, y: torch
 
 def forms(case: Case) -> list[str]:
     """The ways in which a case can be driven."""
-    loop = ["loop"] if case.passes == 1 else [] if "antithetic" in case.name else ["loss module"]
-    return ["closure", "passes", *loop]
+    loop = "loop" if case.passes == 1 else "loss module"
+    alone = "antithetic" in case.name or case in COMBINED  # which no loop drives
+    return ["closure", "passes", *([] if alone else [loop, f"{loop}, closure"])]
 
 
 @dataclass
@@ -113,7 +137,7 @@ class Bench:
         torch.manual_seed(0)
         model = self.network()
         optimizer = self.case.build(model, **self.options)
-        if self.form == "loss module":
+        if "loss module" in self.form:
             optimizer.attach(WithLoss(model))
         self.batches = samples(model, self.steps + 2)
         for x, y in self.batches[: self.steps]:

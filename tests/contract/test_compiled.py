@@ -1,6 +1,7 @@
 """A compiled model trains as the model itself does, whichever of the two the optimizer is given."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -40,6 +41,9 @@ class Network(nn.Module):
 
 @pytest.fixture(autouse=True)
 def fresh():
+    # An optimizer of another test that still looks for its model, and that a cycle (of a scheduler) keeps until Python
+    # happens to collect it, has a hook on all modules, of which a compiled one warns.
+    gc.collect()
     torch.compiler.reset()
     yield
     torch.compiler.reset()
@@ -85,6 +89,19 @@ def test_by_a_closure(name, how):
     optimizer = OPTIMIZERS[name](call if how == "compiled given" else model, group)
     torch.manual_seed(1)
     list(train(call, optimizer, batches))
+    assert optimizer.model is model
+    assert same(everything(model, optimizer), plainly(name))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_model_that_is_found_is_the_one_inside_and_torch_warns_of_the_search_once(name):
+    model, group, batches = start()
+    call = compiled(model)
+    optimizer = OPTIMIZERS[name](call.parameters(), group)
+    torch.manual_seed(1)
+    with pytest.warns(UserWarning, match="global hooks on modules"):
+        list(train(call, optimizer, batches[:1]))
+    list(train(call, optimizer, batches[1:]))  # where warnings are errors
     assert optimizer.model is model
     assert same(everything(model, optimizer), plainly(name))
 

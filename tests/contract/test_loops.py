@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from cases import CASES, Case, convnet, everything, mlp, same, samples
+from contract.faults import WithLoss
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -98,6 +99,58 @@ def test_looking_at_the_model_in_between_changes_nothing(case: Case):
 
 
 @one_pass
+@every_network
+@pytest.mark.parametrize("buffers", ["first", "last"])
+def test_looking_at_the_model_between_micro_batches_changes_nothing(case: Case, network, buffers):
+    def drive(looks):
+        torch.manual_seed(0)
+        model = network()
+        optimizer = case.build(model, refresh_every=2, buffers=buffers)
+        torch.manual_seed(1)
+        perturbed = []
+        for x, y in samples(model, 5):
+            optimizer.zero_grad()
+            for part in torch.arange(len(x)).chunk(4):
+                (cross_entropy(model(x[part]), y[part]) / 4).backward()
+                perturbed.append([p.detach().clone() for p in model.parameters()])
+                for look in looks if part[0] != 4 else []:  # (and a micro-batch with nothing before it)
+                    look(model, x)
+            optimizer.step()
+        return everything(model, optimizer) + [p for weights in perturbed for p in weights]
+
+    looks = [
+        lambda model, x: (model.eval(), torch.no_grad()(model)(x), model.train()),
+        lambda model, x: model.state_dict(),
+        lambda model, x: copy.deepcopy(model),
+    ]
+    assert same(drive(looks), drive([]))
+
+
+@perturbed
+@every_network
+@pytest.mark.parametrize("where", ["the forward pass", "the perturbation"])
+def test_a_failure_after_looking_between_micro_batches_puts_everything_back(case: Case, network, where, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("planted")
+
+    torch.manual_seed(0)
+    model = network()
+    optimizer = case.build(model, refresh_every=2)
+    batches = samples(model, 4)
+    loop(model, optimizer, batches[:2])
+    before, (x, y) = everything(model, optimizer), batches[2]
+    cross_entropy(model(x[:4]), y[:4]).backward()
+    model.state_dict()
+    if where == "the perturbation":
+        monkeypatch.setattr("ms_optim.optim.gradient_pass.add_scaled", fail)
+    with pytest.raises(RuntimeError):
+        model(x[4:] if where == "the perturbation" else x[..., :2])
+    monkeypatch.undo()
+    assert same(before, everything(model, optimizer))
+    loop(model, optimizer, batches[3:])
+
+
+@one_pass
 def test_copies_of_the_model_and_of_the_optimizer_go_their_own_ways(case: Case):
     torch.manual_seed(0)
     model = mlp()
@@ -136,6 +189,27 @@ def test_a_step_that_a_scaler_skips_restores_the_weights(case: Case):
         assert same(weights, list(model.parameters()))
         step(1.0)
     assert not same(weights, list(model.parameters()))
+
+
+@one_pass
+def test_the_step_after_one_that_a_scaler_skips_is_another(case: Case):
+    def weights(skipped):
+        torch.manual_seed(0)
+        model = mlp().float()
+        optimizer = case.build(model, refresh_every=1000)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        first, second, third = ((x.float(), y) for x, y in samples(model, 3))
+        for x, y, factor in [(*first, 1.0), *([(*second, float("inf"))] if skipped else []), (*third, 1.0)]:
+            stream = optimizer.generator.get_state()
+            optimizer.zero_grad()
+            scaler.scale(factor * cross_entropy(model(x), y)).backward()
+            scaler.step(optimizer)
+            scaler.update(2.0**10)
+            if factor != 1.0:
+                optimizer.generator.set_state(stream)
+        return list(model.parameters())
+
+    assert same(weights(skipped=True), weights(skipped=False))
 
 
 @one_pass
@@ -233,3 +307,49 @@ def test_momentum_has_to_be_there():
         ms_optim.MSSAM(mlp(), torch.optim.SGD, ascent="velocity", lr=0.1)
     optimizer = ms_optim.SAM(nn.Sequential(nn.Linear(6, 4)), torch.optim.AdamW, ascent="momentum", lr=0.01)
     loop(optimizer.model, optimizer, samples(optimizer.model, 3))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_step_after_a_forward_pass_in_evaluation_mode_says_so(case: Case):
+    model = mlp().eval()
+    optimizer = case.build(model)
+    module = WithLoss(model).eval()
+    if case.passes > 1:
+        optimizer.attach(module)
+    (x, y), *_ = samples(model, 1)
+    module(x, y).backward()
+    message = r"no gradient passes .*Sequential was called in evaluation mode.*model\.train"
+    with pytest.raises(OptimizerError, match=message):
+        optimizer.step()
+    module.train()
+    if "antithetic" not in case.name:
+        module(x, y).backward()
+        optimizer.step()
+    with pytest.raises(OptimizerError, match="no gradient passes") as raised:
+        optimizer.step()
+    assert "antithetic" in case.name or "evaluation" not in str(raised.value)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_look_between_forward_and_backward_fails_loudly_but_where_autocast_keeps_copies(autocast):
+    model = mlp().float()
+    optimizer = ms_optim.MSRegularizedSGD(model, gradient="noise", rebalance=None)
+    (x, y), *_ = samples(model, 1)
+
+    def backward(look):
+        optimizer.drop()
+        optimizer.zero_grad()
+        optimizer.generator.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = cross_entropy(model(x.float()), y)
+        if look:
+            with torch.no_grad():
+                model(x.float())
+        loss.backward()
+        return [p.grad for p in model.parameters()]
+
+    if autocast:
+        assert same(backward(look=True), backward(look=False))
+    else:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            backward(look=True)

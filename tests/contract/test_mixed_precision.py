@@ -5,14 +5,14 @@ import warnings
 
 import pytest
 import torch
-from cases import CASES, Case, by_passes, convnet, everything, mlp, same, samples
+from cases import CASES, EVERY, Case, by_passes, convnet, everything, mlp, same, samples
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 import ms_optim
 from ms_optim.errors import NonFiniteWarning, OptimizerError
 
-every_case = pytest.mark.parametrize("case", CASES, ids=str)
+every_case = pytest.mark.parametrize("case", EVERY, ids=str)
 ascents = [case for case in CASES if case.passes == 2 and "noise" not in case.name]
 SCALE = 2.0**10
 

@@ -11,7 +11,7 @@ import ms_optim
 from ms_optim.errors import NonFiniteWarning
 from ms_optim.optim.perturbation import add_scaled
 
-SAMS = [case for case in CASES if case.kind is not ms_optim.MSRegularizedSGD]
+SAMS = [case for case in CASES if case.kind in (ms_optim.SAM, ms_optim.ASAM, ms_optim.MSSAM)]
 every_sam = pytest.mark.parametrize("case", SAMS, ids=str)
 
 

@@ -6,7 +6,7 @@ import io
 
 import pytest
 import torch
-from cases import CASES, Case, by_passes, convnet, descend, everything, mlp, same, samples
+from cases import CASES, EVERY, Case, by_passes, convnet, descend, everything, mlp, same, samples
 from contract.faults import WithLoss
 from torch.nn.functional import cross_entropy
 
@@ -18,7 +18,7 @@ BASES = {
     "Adam": (torch.optim.Adam, {"lr": 0.01}),
     "AdamW": (torch.optim.AdamW, {"lr": 0.01, "amsgrad": True, "weight_decay": 0.1}),
 }
-wrapping = [case for case in CASES if case.kind is not ms_optim.MSRegularizedSGD]
+wrapping = [case for case in EVERY if case.kind is not ms_optim.MSRegularizedSGD]
 PRECISIONS = {
     "float64": (torch.float64, None, False),
     "bfloat16": (torch.float32, torch.bfloat16, False),

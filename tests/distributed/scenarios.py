@@ -107,14 +107,22 @@ def by_passes(optimizer, call, data, parts=1, no_sync=contextlib.nullcontext, sa
         optimizer.step()
 
 
-def by_loop(optimizer, module, data, parts=1):
-    """An unmodified loop around a module that returns the loss."""
+def by_loop(optimizer, module, data, parts=1, closures=False):
+    """An unmodified loop around a module that returns the loss; the last part of a step in a closure, as in some."""
     for x, y in data:
         refresh(optimizer, x)
         optimizer.zero_grad()
-        for u, v in zip(x.chunk(parts), y.chunk(parts), strict=True):
-            (module(u, v) / parts).backward()
-        optimizer.step()
+        for i, (u, v) in enumerate(zip(x.chunk(parts), y.chunk(parts), strict=True)):
+
+            def closure(u=u, v=v):
+                (module(u, v) / parts).backward()
+
+            if closures and i == parts - 1:
+                optimizer.step(closure)
+            else:
+                closure()
+        if not closures:
+            optimizer.step()
 
 
 # --- what a rank does, and (rank=None) what one process does with all samples ---------------------------------------
@@ -152,7 +160,7 @@ def numbered(name, rank):
     return weights(model)
 
 
-def in_the_forward(name, rank, m, parts=1):
+def in_the_forward(name, rank, m, parts=1, closures=False):
     """Both passes in an unmodified loop: the module that returns the loss inside the wrapper."""
     model = network()
     if rank is None:
@@ -164,7 +172,7 @@ def in_the_forward(name, rank, m, parts=1):
     optimizer = build(name, model, m=m)
     optimizer.attach(module)
     optimizer.refreshed_by_hand = True
-    by_loop(optimizer, DistributedDataParallel(module), batches(rank), parts)
+    by_loop(optimizer, DistributedDataParallel(module), batches(rank), parts, closures)
     return weights(model)
 
 
@@ -343,6 +351,9 @@ COMPARED = {
     **{f"in the forward {name} {m}": (in_the_forward, (name, ), {"m": m}) for name in GRADIENT
        for m in ("local", "global")},
     "in the forward, accumulated SAM local": (in_the_forward, ("SAM",), {"m": "local", "parts": 2}),
+    "in the forward, closures SAM global": (in_the_forward, ("SAM",), {"m": "global", "closures": True}),
+    "in the forward, accumulated, closures SAM local":
+        (in_the_forward, ("SAM",), {"m": "local", "parts": 2, "closures": True}),
     **{f"wrapper inside {name} {m}": (wrapper_inside, (name, ), {"m": m}) for name in ("SAM", "MSSAM[move]")
        for m in ("local", "global")},
     **{f"unmodified {name}": (unmodified, (name,), {}) for name in ONE_PASS},

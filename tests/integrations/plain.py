@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import pytest
 import torch
 from cases import everything
 from torch import Tensor, nn
@@ -90,6 +89,7 @@ class Plain:
         clip: Applied to the parameters before the descent.
         parts: Batches to a step.
         schedule: Makes a scheduler, stepped after each step.
+        **own: Arguments of the optimizer.
     """
 
     def __init__(
@@ -102,9 +102,10 @@ class Plain:
         clip: Callable[[list[nn.Parameter]], Any] = lambda parameters: None,
         parts: int = 1,
         schedule: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None = None,
+        **own: Any,
     ) -> None:
         self.model = network()
-        self.optimizer = build(name, self.model)
+        self.optimizer = build(name, self.model, **own)
         self.module = WithLoss(self.model)
         if how == "attach":
             self.optimizer.attach(self.module)
@@ -154,9 +155,3 @@ class Plain:
 def left(model: nn.Module, optimizer: ms_optim.SharpnessAware) -> list[Tensor]:
     """All that training changes, the learning rates included."""
     return [*everything(model, optimizer), torch.tensor([entry["lr"] for entry in optimizer.param_groups])]
-
-
-def not_yet(request: pytest.FixtureRequest, reason: str, condition: bool = True) -> None:
-    """Expect the test that asks to fail: it says what is to be, and turns red as soon as it is."""
-    if condition:
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))

@@ -22,7 +22,6 @@ from integrations.plain import (
     left,
     loader,
     network,
-    not_yet,
 )
 from lightning.pytorch.plugins import MixedPrecision
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
@@ -39,9 +38,6 @@ pytestmark = [
 every = pytest.mark.parametrize("name", ALL)
 two_passes = pytest.mark.parametrize("name", TWO_PASSES)
 SCALE = 2.0**22  # overflows in the first steps: they are skipped
-
-EVERY_PASS = "a closure is called for every pass, where a module is attached as well"
-LOST = "a closure's passes begin with zero, so that of batches that share a step only the last counts"
 
 
 @pytest.fixture(autouse=True)
@@ -68,14 +64,17 @@ def precision(kind, scale=SCALE):
 
 
 class Module(lightning.LightningModule):
-    def __init__(self, name, attach=False, schedule=None):
+    def __init__(self, name, attach=False, schedule=None, passed_over=(), **own):
         super().__init__()
+        self.passed_over, self.own = passed_over, own
         self.loss = WithLoss(network())
         self.name, self.attach, self.schedule = name, attach, schedule
         self.gradients_seen = 0
         self.losses = []
 
     def training_step(self, batch, index):
+        if index in self.passed_over:
+            return None
         loss = self.loss(*batch)
         self.losses.append(loss.item())
         return loss
@@ -87,7 +86,7 @@ class Module(lightning.LightningModule):
         self.gradients_seen += 1
 
     def configure_optimizers(self):
-        self.optimizer = build(self.name, self.loss.network)
+        self.optimizer = build(self.name, self.loss.network, **self.own)
         if self.attach:
             self.optimizer.attach(self.loss)
         if self.schedule is None:
@@ -150,8 +149,7 @@ def test_in_16_bits_there_is_no_closure_and_the_error_names_the_way(name):
 
 @every
 @pytest.mark.parametrize("kind", ["32", "bf16", "16"])
-def test_clipping_acts_on_the_last_gradient_alone(name, kind, request):
-    not_yet(request, EVERY_PASS, kind == "32" and name in TWO_PASSES)
+def test_clipping_acts_on_the_last_gradient_alone(name, kind):
     ours, plain = precision(kind)
     module = Module(name, attach=name in TWO_PASSES)
     fit(module, gradient_clip_val=0.1, **ours)
@@ -161,8 +159,7 @@ def test_clipping_acts_on_the_last_gradient_alone(name, kind, request):
 
 
 @two_passes
-def test_clipping_every_entry_leaves_the_way_to_the_second_pass_alone(name, request):
-    not_yet(request, EVERY_PASS)
+def test_clipping_every_entry_leaves_the_way_to_the_second_pass_alone(name):
     options = {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}
     module = Module(name, attach=True)
     fit(module, **options)
@@ -172,8 +169,7 @@ def test_clipping_every_entry_leaves_the_way_to_the_second_pass_alone(name, requ
 
 @every
 @pytest.mark.parametrize("kind", ["32", "16"])
-def test_batches_that_share_a_step(name, kind, request):
-    not_yet(request, LOST, kind == "32")
+def test_batches_that_share_a_step(name, kind):
     ours, plain = precision(kind)
     module = Module(name, attach=name in TWO_PASSES)
     fit(module, parts=2, **ours)
@@ -182,9 +178,42 @@ def test_batches_that_share_a_step(name, kind, request):
     assert module.gradients_seen == STEPS
 
 
+@every
+@pytest.mark.parametrize(
+    "own",
+    [{"refresh_every": 2}, {"every": 2, "refresh_every": 1}, {"start": 1, "end": 4}, {"buffers": "last"}],
+    ids=str,
+)
+def test_steps_of_three_batches_with_a_window_of_our_own_part(name, own):
+    module = Module(name, attach=name in TWO_PASSES, **own)
+    fit(module, parts=3, gradient_clip_val=0.1)
+    how = "attach" if module.attach else "loop"
+    assert same(module.left, Plain(name, how, parts=3, clip=lambda ps: clip_grad_norm_(ps, 0.1), **own).run().left)
+
+
 @two_passes
-def test_batches_that_share_a_step_are_not_lost_in_silence(name, request):
-    not_yet(request, LOST)
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_a_batch_that_is_passed_over_is_a_step_without_gradients(name):
+    module = Module(name, attach=True, passed_over=range(STEPS // 2))
+    fit(module)
+    assert module.optimizer.steps == STEPS and len(module.losses) == STEPS - STEPS // 2
+    assert not same(list(module.loss.network.parameters()), list(network().parameters()))
+
+
+@two_passes
+def test_an_attached_module_that_is_not_called_is_named_and_nothing_is_lost(name):
+    class Around(Module):
+        def training_step(self, batch, index):
+            return torch.nn.functional.cross_entropy(self.loss.network(batch[0]), batch[1])
+
+    module = Around(name, attach=True)
+    with pytest.raises(OptimizerError, match="attached to a WithLoss.*did not call that module"):
+        fit(module)
+    assert same(list(module.loss.network.state_dict().values()), list(network().state_dict().values()))
+
+
+@two_passes
+def test_batches_that_share_a_step_are_not_lost_in_silence(name):
     with pytest.raises((OptimizerError, UserWarning)):
         fit(Module(name), parts=2)
 

@@ -10,10 +10,11 @@ import weakref
 import pytest
 import torch
 from cases import CASES, Case, convnet, everything, known_group, mlp, same, samples, train
+from contract.faults import WithLoss
 from torch import nn
 
 import ms_optim
-from ms_optim.errors import CurvatureError, DataError, OptimizerError, UnsupportedError
+from ms_optim.errors import CurvatureError, DataError, OptimizerError, OverwrittenWarning, UnsupportedError
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 balanced_cases = pytest.mark.parametrize("case", [c for c in CASES if c.rebalances], ids=str)
@@ -207,3 +208,48 @@ def test_a_dropped_optimizer_is_gone_at_once_with_all_that_it_hung_on_its_model(
             assert not (model._forward_pre_hooks or model._forward_hooks or model._state_dict_pre_hooks)
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("buffers", ["first", "last"])
+@pytest.mark.parametrize("case", [case for case in CASES if "antithetic" not in case.name], ids=str)
+def test_an_optimizer_dropped_in_the_middle_of_a_step_is_gone_at_once_and_its_perturbation_with_it(
+    case: Case, buffers
+):
+    model = convnet()
+    optimizer = case.build(model, refresh_every=1000, buffers=buffers)
+    module = WithLoss(model)
+    if case.passes > 1:
+        optimizer.attach(module)
+    batches = samples(model, 2)
+    gc.collect()
+    gc.disable()
+    try:
+        for last, (x, y) in enumerate(batches):
+            clean = [p.detach().clone() for p in model.parameters()]
+            optimizer.zero_grad()
+            loss = module(x, y)
+            if case.passes == 1 or not last:  # the backward pass of an attached module restores the weights
+                loss.backward()
+            if not last:
+                optimizer.step()
+        assert "trace" in case.name or not same(clean, list(model.parameters()))
+        alive = weakref.ref(optimizer)
+        del optimizer
+        assert alive() is None
+        assert same(clean, list(model.parameters()))
+        assert not (model._forward_pre_hooks or model._forward_hooks or model._state_dict_pre_hooks)
+    finally:
+        gc.enable()
+
+
+def test_what_others_wrote_stays_when_an_optimizer_is_dropped_in_the_middle_of_a_step():
+    model = mlp()
+    optimizer = ms_optim.MSRegularizedSGD(model, gradient="noise", strength=1e-3, rebalance=None, lr=0.1)
+    clean = [p.detach().clone() for p in model.parameters()]
+    (x, y), *_ = samples(model, 1)
+    cross_entropy(model(x), y).backward()
+    with torch.no_grad():
+        model[0].weight.fill_(1.0)
+    with pytest.warns(OverwrittenWarning, match="1 weights were written to"):
+        del optimizer
+    assert same([torch.ones_like(clean[0]), *clean[1:]], list(model.parameters()))

@@ -6,7 +6,8 @@ import random
 
 import pytest
 import torch
-from testing.textbook import DEFECTS, Textbook, subject
+from testing.defects import DEFECTS
+from testing.textbook import Textbook, subject
 
 from ms_optim.testing import LAWS, Subject, check
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from testing.textbook import AlongTheSign, NeedsGradients, ReturnsNothing, subject
+from testing.defects import AlongTheSign, NeedsGradients, ReturnsNothing
+from testing.textbook import subject
 
 from ms_optim.errors import ConformanceError
 from ms_optim.testing import LAWS, NotApplicable, Outcome, assert_conforms, check
