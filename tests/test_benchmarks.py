@@ -27,7 +27,7 @@ from benchmarks.render import CUDA_MISSING, claims_table, matrix, pages, side_by
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [
-    *("trace_speed", "step_speed", "overhead", "refresh_memory", "paper_efficiency", "diagonal_error"),
+    *("trace_speed", "overhead", "refresh_memory", "paper_efficiency", "diagonal_error"),
     *("peers", "equal_time", "trace_limit", "conformance", pytest.param("trace_growth", marks=pytest.mark.slow)),
 ]
 
