@@ -171,6 +171,7 @@ class SharpnessAware(Watcher):
         self.last_loss: Any = None
         self.scaler: torch.amp.GradScaler | None = None  # that of the present step, if it was named
         self.expects_overflow = False
+        self.probe_scale = 1.0
         self._takes_loops = False
         self.loop = Loop()  # which does nothing
         self.loss_loop = LossLoop()

@@ -67,11 +67,12 @@ class FriendlySAM(SharpnessAware):
             return
         yield Probe()
         here, average = self.gradients(), self.previous_gradients()
-        particular = combined(1.0, here, -self.sigma, average)
+        scale = self.loss_scale  # the average is that of gradients without it
+        particular = combined(1.0, here, -self.sigma * scale, average)
         if self.kept:
-            coming = combined(1.0 - self.decay, here, self.decay, average)
+            coming = combined((1.0 - self.decay) / scale, here, self.decay, average)
         else:
-            coming = combined(1.0, here, 0.0, [None] * len(here))
+            coming = combined(1.0 / scale, here, 0.0, [None] * len(here))
         found = [ascent(particular, self.scales("weights"), rho, self.expects_overflow)]
         del here, particular
         if found[0] is not None or self.passes_are_fixed:

@@ -114,6 +114,7 @@ class LossLoop(Loop):
             self._inside = False
         wanted = [p for p in optimizer.parameters() if p.requires_grad]
         scale = self._scale if self._in_half_precision(loss, optimizer.device) else 1.0
+        optimizer.probe_scale = scale
         scaled = loss.float() * scale if scale != 1.0 else loss
         if optimizer.sharded:  # whose gradients arrive by hooks that only this runs
             scaled.backward()

@@ -37,6 +37,7 @@ def renyi_ascent(
     rho: list[float],  # ρ
     order: float,  # a
     quiet: bool = False,
+    scale: float = 1.0,
 ) -> Perturbation:
     """ε_p = −sign(1 − a) ρ_p (s_a / s_1^{a+1}) M_p g_p.
 
@@ -46,20 +47,21 @@ def renyi_ascent(
         rho: ρ of each parameter's group, negative where the base optimizer ascends.
         order: a > 0, not 1.
         quiet: Whether a gradient that is not finite is to be expected.
+        scale: What g is multiplied by: ε is that of g without it.
 
     Returns:
         ε, as :func:`ms_optim.optim.sam.ascent` does.
     """
-    trace = inner(grads, grads, metric)
+    trace = inner(grads, grads, metric) / scale**2
     if not math.isfinite(trace):
         return nothing_finite(grads, quiet)
     if trace == 0.0:
         return None
-    trace_of_power = power_sum(grads, [math.sqrt(m) for m in metric], 2.0 * order)
+    trace_of_power = power_sum(grads, [math.sqrt(m) / scale for m in metric], 2.0 * order)
     factor = math.copysign(1.0, 1.0 - order) * (trace_of_power + _TINY) / (trace + _TINY) ** (order + 1.0)
     if not math.isfinite(factor):
         return nothing_finite(grads, quiet)
-    return Scaled(grads, [-factor * r * m for r, m in zip(rho, metric, strict=True)])
+    return Scaled(grads, [-factor / scale * r * m for r, m in zip(rho, metric, strict=True)])
 
 
 class RSAM(SharpnessAware):
@@ -101,6 +103,7 @@ class RSAM(SharpnessAware):
             yield None
             return
         yield Probe()
-        found = [renyi_ascent(self.gradients(), self.scales("weights"), rho, self.order, self.expects_overflow)]
+        metric, quiet = self.scales("weights"), self.expects_overflow
+        found = [renyi_ascent(self.gradients(), metric, rho, self.order, quiet, self.loss_scale)]
         if found[0] is not None or self.passes_are_fixed:
             yield found.pop()

@@ -92,7 +92,7 @@ class SAGM(SharpnessAware):
             return
         yield Probe()
         first = self.held_gradients()
-        found = sagm_ascent(first, self.scales("weights"), rho, self.alpha, self.expects_overflow)
+        found = sagm_ascent(first, self.scales("weights"), rho, self.alpha / self.loss_scale, self.expects_overflow)
         if found is not None or self.passes_are_fixed:
             yield found
             self.set_gradients(combined(0.5, first, 0.5, self.gradients()))

@@ -90,6 +90,8 @@ class StableSAM(SharpnessAware):
         yield Probe()
         metric = self.scales("weights")
         length = math.sqrt(inner(self.gradients(), self.gradients(), metric))
+        if not self.normalized:
+            rho = [r / self.loss_scale for r in rho]
         found = [stable_ascent(self.gradients(), metric, rho, self.normalized, self.expects_overflow)]
         if found[0] is None and not self.passes_are_fixed:
             return

@@ -42,6 +42,8 @@ class Watcher(Wrapper):
         batches: The inputs of the first pass, if the plan wants them.
         kept_next: Gradients that are kept once the step is taken.
         last_loss: The loss of the pass that was last, if somebody said it.
+        scaler: That of the present step, if it was named.
+        probe_scale: What the loss of an attached module's first pass was multiplied by.
         beginnings: The states to which a closure that is called once can go back: before it, and before each time
             through the plan that was begun in it; empty outside of one.
         outside: The gradients as the first training forward outside of all passes found them since the last step.
@@ -59,6 +61,8 @@ class Watcher(Wrapper):
     keeps_batches: bool
     kept_next: Gradients | None
     last_loss: Any
+    scaler: torch.amp.GradScaler | None
+    probe_scale: float
     beginnings: list[Snapshot]
     outside: list[Version]
     zeroed: bool
@@ -76,6 +80,13 @@ class Watcher(Wrapper):
         """Make ``.grad`` of each parameter what is to be descended along."""
         for p, grad in zip(self.parameters(), grads, strict=True):
             p.grad = grad
+
+    @property
+    def loss_scale(self) -> float:
+        """What the gradients of the pass that is just over are multiplied by."""
+        if self.loss_loop.begun:
+            return self.probe_scale
+        return 1.0 if self.scaler is None else float(self.scaler.get_scale())
 
     def keep_next(self, grads: Gradients) -> None:
         """Keep gradients for the steps to come, once this one is taken."""

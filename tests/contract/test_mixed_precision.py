@@ -84,7 +84,9 @@ def test_an_overflow_in_any_pass_skips_the_step_and_halves_the_scale(case: Case,
     def step(factors):
         for index, gradient_pass in enumerate(optimizer.passes(scaler=scaler)):
             with gradient_pass:
-                scaler.scale(factors[index] * cross_entropy(model(batches[0][0].float()), batches[0][1])).backward()
+                loss = factors[index] * cross_entropy(model(batches[0][0].float()), batches[0][1])
+                gradient_pass.loss = loss.detach()
+                scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
 
@@ -128,7 +130,9 @@ def test_a_closure_through_a_scaler_is_refused_and_changes_nothing(case: Case):
     scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
     for gradient_pass in optimizer.passes(scaler=scaler):
         with gradient_pass:
-            scaler.scale(cross_entropy(model(x.float()), y)).backward()
+            loss = cross_entropy(model(x.float()), y)
+            gradient_pass.loss = loss.detach()
+            scaler.scale(loss).backward()
     before = everything(model, optimizer)
     with pytest.raises(OptimizerError, match=r"still multiplied by the loss scale; run `for gradient_pass in"):
         scaler.step(optimizer, closure)
@@ -143,7 +147,9 @@ def test_a_penalty_needs_the_scale():
     (x, y), *_ = samples(model, 1)
     for gradient_pass in optimizer.passes():
         with gradient_pass:
-            scaler.scale(cross_entropy(model(x.float()), y)).backward()
+            loss = cross_entropy(model(x.float()), y)
+            gradient_pass.loss = loss.detach()
+            scaler.scale(loss).backward()
     before = everything(model, optimizer)
     with pytest.raises(OptimizerError, match=r"passes\(scaler=scaler\)"):
         scaler.step(optimizer)
