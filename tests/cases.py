@@ -42,6 +42,11 @@ class Case:
         balanced_by_default = self.kind in (ms_optim.MSSAM, ms_optim.MSRegularizedSGD)
         return self.options.get("rebalance", "move" if balanced_by_default else None) is not None
 
+    @property
+    def perturbs(self) -> bool:
+        """Whether its pass is not at the weights themselves."""
+        return "trace" not in self.name and self.kind is not ms_optim.WEISSI
+
     def __str__(self) -> str:
         return self.name
 

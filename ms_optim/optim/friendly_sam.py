@@ -11,6 +11,7 @@ Source: Li et al., arXiv 2403.12350, Algorithm 1; that d takes the m of the step
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.optim import Optimizer
 
 from .engine import Plan, SharpnessAware
 from .gradient_pass import Probe
-from .gradients import combined
+from .gradients import combined, inner
 from .requirements import require_nonnegative
 from .sam import ascent
 
@@ -73,8 +74,10 @@ class FriendlySAM(SharpnessAware):
             coming = combined((1.0 - self.decay) / scale, here, self.decay, average)
         else:
             coming = combined(1.0 / scale, here, 0.0, [None] * len(here))
+        finite = math.isfinite(inner(coming, coming, [1.0] * len(coming)))
         found = [ascent(particular, self.scales("weights"), rho, self.expects_overflow)]
         del here, particular
         if found[0] is not None or self.passes_are_fixed:
             yield found.pop()
-        self.keep_next(coming)
+        if finite:  # what is not would stay in the average
+            self.keep_next(coming)

@@ -94,8 +94,9 @@ class LookSAM(SharpnessAware):
             found = ascent(here, metric, rho, self.expects_overflow)
             if found is not None or self.passes_are_fixed:
                 yield found
-                if self.k > 1:
-                    self.keep_next(across(here, self.gradients(), metric))
+                found_across = across(here, self.gradients(), metric) if self.k > 1 else None
+                if found_across is not None and math.isfinite(inner(found_across, found_across, metric)):
+                    self.keep_next(found_across)
         else:
             yield None
             here, metric, kept = self.gradients(), self.scales("weights"), self.previous_gradients()

@@ -87,10 +87,9 @@ class _AtRandomPoints(SharpnessAware):
         square = 1.0 if self.unit else max(rho) ** 2
         differences = [(loss - base) / square for loss in losses]
         slopes = self.member.slopes(differences)
-        if not all(math.isfinite(slope) for slope in slopes):
-            if not self.expects_overflow:
-                message = "a loss at a random point is not finite, or too large; this step goes on without the penalty"
-                warnings.warn(message, NonFiniteWarning, stacklevel=2)
+        if not all(math.isfinite(slope) for slope in slopes) and not self.expects_overflow:  # which a scaler is to see
+            message = "a loss at a random point is not finite, or too large; this step goes on without the penalty"
+            warnings.warn(message, NonFiniteWarning, stacklevel=2)
             self.set_gradients(here)
         else:
             self.set_gradients(universal_gradient(here, there, slopes, strength))

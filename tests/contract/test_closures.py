@@ -375,18 +375,6 @@ def test_a_refresh_inside_is_refused_and_nothing_is_lost():
     assert same(before, everything(model, optimizer))
 
 
-def test_a_plan_of_two_gradients_to_descend_along_is_refused_and_nothing_is_lost():
-    torch.manual_seed(0)
-    model = convnet()
-    optimizer = ms_optim.MSRegularizedSGD(model, gradient="antithetic", rebalance=None)
-    module = optimizer.attach(WithLoss(model))
-    before, streams = everything(model, optimizer), torch.get_rng_state()
-    with pytest.raises(OptimizerError, match="needs another gradient pass"):
-        optimizer.step(Closure(optimizer, module, *samples(model, 1)[0]))
-    assert same(before, everything(model, optimizer))
-    assert torch.equal(streams, torch.get_rng_state())
-
-
 def test_given_the_number_of_samples_it_is_called_in_every_pass():
     model = mlp()
     optimizer = ms_optim.SAM(model, lr=0.1)

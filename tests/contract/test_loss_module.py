@@ -15,9 +15,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import ms_optim
-from ms_optim.errors import OptimizerError
+from ms_optim.errors import OptimizerError, UnsupportedError
 
-two_passes = pytest.mark.parametrize("case", [c for c in CASES if c.passes == 2 and "noise" not in c.name], ids=str)
+LOOSE = [c for c in CASES if c.passes == 2 and "noise" not in c.name]
+two_passes = pytest.mark.parametrize("case", LOOSE, ids=str)
 every_network = pytest.mark.parametrize("network", [mlp, convnet])
 
 
@@ -108,7 +109,8 @@ def test_it_gives_the_numbers_of_explicit_passes_in_mixed_precision(case: Case, 
         torch.testing.assert_close(a, b, rtol=rounding, atol=rounding)
 
 
-@two_passes
+# (RSAM's step is the longer, the smaller the gradient: here beyond all numbers.)
+@pytest.mark.parametrize("case", [c for c in LOOSE if c.kind is not ms_optim.RSAM], ids=str)
 def test_gradients_too_small_for_half_precision_still_show_the_way(case: Case):
     model, optimizer, module = attached(case, mlp, torch.float32, refresh_every=1000)
     batches = narrow(samples(model, 2))
@@ -359,9 +361,8 @@ def test_a_step_without_our_part_is_the_base_optimizers(case: Case):
 def test_a_plan_of_two_gradients_to_descend_along_cannot_be_taken():
     model = mlp()
     optimizer = ms_optim.MSRegularizedSGD(model, gradient="antithetic", rebalance=None)
-    module = optimizer.attach(WithLoss(model))
-    with pytest.raises(OptimizerError, match="needs another gradient pass"):
-        loop(optimizer, module, samples(model, 1))
+    with pytest.raises(UnsupportedError, match="combination of the gradients of its passes"):
+        optimizer.attach(WithLoss(model))
 
 
 def test_a_teacher_inside_the_forward_pass_is_let_be():
