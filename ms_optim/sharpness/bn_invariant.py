@@ -4,8 +4,10 @@ r"""BN-invariant sharpness: a perturbation is measured in units of the weight wh
 
 A filter w_f followed by BatchNorm may have any norm: the function is the same, and every sharpness in absolute units
 goes to 0 as it grows.  Here its perturbation grows along.  Which weights these are is read off the network's scale
-group: those of a class that can grow while nothing shrinks.  All other weights keep absolute units, so what is *not*
-undone is a scale that one layer gives to the next (γ and β against the layer behind); :mod:`.adaptive` does that too.
+group: those of a class that can grow while nothing shrinks.  That includes the biases there, and γ and β where they
+reach the logits through other normalisers only; of a vector each entry is a unit, V = |w_i|.  All other weights keep
+absolute units, so what is *not* undone is a scale that one layer gives to the next (the last γ and β against the layer
+behind); :mod:`.adaptive` does that too.
 
 Three cases: the ``"worst"`` rise; the ``"average"`` one under noise N(0, ρ² V²); and along a line
 
@@ -15,14 +17,15 @@ Source: Yi, Zhang, Chen, Ma, Liu, "BN-invariant sharpness regularizes the traini
 arXiv 2101.02944.  From memory: sharpness there is tied to the scale of the parameters, and computed as an integral in
 one dimension along the sharpest direction; none of it was checked against the text.  Differs, as far as remembered:
 (1) the sharpest direction is found by gradient ascent, not by one gradient; (2) the largest rise is a case of its own,
-and the default; (3) which weights are scale-free is read off the graph, also in front of LayerNorm and the like.
+and the default; (3) which weights are scale-free is read off the graph, also in front of LayerNorm and the like, and
+not only kernels and matrices are.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -32,7 +35,7 @@ from ..balancing.program import classes
 from ..batch import peek
 from ..curvature.parallel import unwrapped
 from ..curvature.risk import Loss, named_loss
-from ..errors import SymmetryError
+from ..errors import NoEffectWarning, SymmetryError
 from ..symmetry import ScaleGroup, scale_symmetries
 from .adaptive import Search, metric, peak, searched
 from .ascent import Norm
@@ -99,7 +102,10 @@ def bn_invariant_sharpness(
     if isinstance(data, Iterator):
         data = list(data)  # looking ahead at an iterator's first batch would lose its targets
     if group is None:
-        group = scale_symmetries(model, peek(data, model)[0])
+        example = peek(data, model)[0].to(next(model.parameters()).device)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NoEffectWarning)  # of balancing; what it means here is a note
+            group = scale_symmetries(model, example)
     free = scale_free_names(model, group)
 
     def unit(weights: Mapping[str, Tensor]) -> list[Tensor]:
@@ -147,7 +153,7 @@ def _integral(near: Neighbourhood, t: Sequence[Tensor], search: Search, power: f
     generator = seeded(search.generator)
     values, losses = [], []
     for part in near.parts:
-        found = peak(near, part, t, replace(search, generator=generator), generator)
+        found = peak(near, part, t, search, generator)
         values.append(part.share * _along(near, part, t, found.point, found.start, search, power))
         losses.append(part.share * found.start)
     return Sharpness(math.fsum(values), details={"loss": math.fsum(losses), "pieces": float(len(values))})

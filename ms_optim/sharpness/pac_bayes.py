@@ -93,7 +93,7 @@ def pac_bayes_flatness(
         generator = seeded(generator)
         noise = _Noise(near, magnitude_aware, epsilon, samples, generator, generator.get_state(), near.total())
         below, above = _bracket(noise, deviation)
-        while above / below > 1.0 + tolerance and math.isfinite(above) and below > 0.0:
+        while below > 0.0 and math.isfinite(above) and above / below > 1.0 + tolerance:
             middle = math.sqrt(below * above)
             below, above = (middle, above) if noise.rise(middle)[0] <= deviation else (below, middle)
         return _presented(noise, below, above, deviation)
@@ -112,11 +112,12 @@ def error_rate(logits: Tensor, targets: Any) -> Tensor:
     Raises:
         DataError: If the targets are not a class per sample.
     """
-    if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.shape != logits.shape[:-1]:
+    classes = isinstance(targets, Tensor) and not targets.is_floating_point() and targets.shape == logits.shape[:-1]
+    if not classes or logits.ndim < 2 or logits.shape[-1] < 2:
         what = f"{targets.dtype} {tuple(targets.shape)}" if isinstance(targets, Tensor) else type(targets).__name__
         raise DataError(
-            f"targets are {what} beside logits {tuple(logits.shape)}; an error rate needs a class per sample, integers "
-            f"of shape {tuple(logits.shape[:-1])}"
+            f"targets are {what} beside logits {tuple(logits.shape)}; an error rate needs logits [N, K] with "
+            "K >= 2 and a class per sample, integers of shape [N]"
         )
     return (logits.argmax(-1) != targets).double().mean()
 

@@ -8,7 +8,7 @@ import torch
 from curvature.random_networks import settled
 from torch import Tensor, nn
 
-from ms_optim import models, scale_symmetries
+from ms_optim import ScaleGroup, models, scale_symmetries
 
 
 def chain(bias: bool = True, seed: int = 0, sizes: tuple[int, ...] = (5, 7, 6, 3)) -> nn.Sequential:
@@ -43,10 +43,21 @@ def labelled(
     return x, torch.randint(classes, (samples,), generator=stream)
 
 
+_GROUPS: dict[str, ScaleGroup] = {}
+
+
+def known_group(model: nn.Module, x: Tensor) -> ScaleGroup:
+    """The scale group, discovered once for all networks that print alike."""
+    key = str(model)
+    if key not in _GROUPS:
+        _GROUPS[key] = scale_symmetries(model, x)
+    return _GROUPS[key]
+
+
 def rescaled_layers(model: nn.Module, x: Tensor, std: float = 0.7, seed: int = 2) -> nn.Module:
     """A copy with the same function, moved by a random element of the scale group, and running statistics along."""
     other = copy.deepcopy(model)
-    group = scale_symmetries(other, x)
+    group = known_group(model, x)
     element = group.bound(other, group.random(std, torch.Generator().manual_seed(seed)))
     assert element.abs().max() > 0.1
     group.rescale_(other, element)

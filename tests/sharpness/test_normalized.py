@@ -1,6 +1,7 @@
 """Normalised sharpness: its definition on networks, the rescalings of neurons that it undoes, and what it does not."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -121,6 +122,16 @@ def test_sampled_diagonals_and_smooth_activations_are_said():
     assert any("sampled" in note for note in value.notes)
     assert any("0.weight" in note and "2.weight" not in note for note in value.notes)
     assert value > 0
+
+
+def test_the_value_is_a_float_that_keeps_what_was_found_beside_it():
+    model, (x, _) = chain(), labelled()
+    value = normalized_sharpness(model, x)
+    for same in (copy.deepcopy(value), pickle.loads(pickle.dumps(value))):
+        assert type(same) is type(value) and same == value and repr(same) == repr(float(value))
+        assert (same.layers, same.details, same.notes) == (value.layers, value.details, value.notes)
+        assert same.standard_error is None
+    assert type(value + 1.0) is float
 
 
 def test_the_loss_is_that_of_the_diagonal():
