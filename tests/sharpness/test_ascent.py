@@ -30,15 +30,17 @@ def length(z, norm):
 
 
 def trust_region_maximum(hessian, gradient, radius):
-    """max ½ zᵀ H z + gᵀ z on ‖z‖ = ρ, by the secular equation Σ (g_i / (μ − λ_i))² = ρ², μ > λ_max."""
+    """max ½ zᵀ H z + gᵀ z on ‖z‖ = ρ: the minimum over μ > λ_max of ½ Σ g_i² / (μ − λ_i) + ½ μ ρ² (no duality gap).
+
+    The minimum is where Σ (g_i / (μ − λ_i))² = ρ²; the value there depends on μ in second order only.
+    """
     values, vectors = torch.linalg.eigh(hessian)
     g = vectors.T @ gradient
     low, high = float(values[-1]), float(values[-1]) + float(g.norm()) / radius + 1.0
     for _ in range(200):
         middle = (low + high) / 2
         low, high = (middle, high) if float((g / (middle - values)).norm()) > radius else (low, middle)
-    z = g / (high - values)
-    return float((0.5 * values * z * z + g * z).sum())
+    return float(0.5 * (g.square() / (high - values)).sum() + 0.5 * high * radius**2)
 
 
 @given(st.integers(0, 2**16), st.integers(2, 6), st.sampled_from([0.1, 1.0, 3.0]))
