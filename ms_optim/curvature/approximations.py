@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -40,7 +39,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .evaluation import evaluation
-from .risk import Loss, Risk, read_risk
+from .risk import Loss, Risk, read_risk, weights_restored
 
 Distribution = Literal["rademacher", "gaussian"]
 Step = Literal["relative", "uniform"]
@@ -244,7 +243,7 @@ def _mean_quotients(
     """The mean over probes of e ⊙ (∇L(w + scale ⊙ e) − ∇L(w − scale ⊙ e)) / divisor, in float64."""
     generator = _seeded(generator)
     sums = risk.zeros()
-    with _weights_restored(list(risk.parameters.values())) as weights:
+    with weights_restored(list(risk.parameters.values())) as weights:
         for _ in range(probes):
             probe = _draw(distribution, weights, generator)
             steps = [scale * e for scale, e in zip(scales, probe, strict=True)]
@@ -260,18 +259,6 @@ def _gradient_at(risk: Risk, weights: Sequence[Tensor], steps: Sequence[Tensor],
         for parameter, weight, step in zip(risk.parameters.values(), weights, steps, strict=True):
             torch.add(weight, step, alpha=sign, out=parameter)
     return [gradient.detach() for gradient in risk.gradient()]
-
-
-@contextmanager
-def _weights_restored(parameters: Sequence[nn.Parameter]) -> Iterator[list[Tensor]]:
-    """Yield copies of the weights, and write them back on leaving: subtracting a step would not give the same bits."""
-    kept = [p.detach().clone() for p in parameters]
-    try:
-        yield kept
-    finally:
-        with torch.no_grad():
-            for parameter, weight in zip(parameters, kept, strict=True):
-                parameter.copy_(weight)
 
 
 def _products(

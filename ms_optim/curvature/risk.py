@@ -8,7 +8,8 @@ every probe sees the same data, whatever a loader shuffles or augments.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,13 +102,7 @@ def read_risk(model: nn.Module, data: Any, loss: Loss) -> Risk:
         UnsupportedError: If the loss has an unknown name, or a parameter is not float32 or float64.
         ValueError: If the loss is no callable, or a torch module with another reduction than the mean.
     """
-    if isinstance(loss, str) and loss not in _LOSSES:
-        raise UnsupportedError(f"loss={loss!r} has no name here; pass one of {', '.join(_LOSSES)}, or a callable")
-    if not isinstance(loss, str) and not callable(loss):
-        raise ValueError(f"loss must be a name or a callable loss(logits, targets), got {loss!r}")
-    # A sum cannot be told from a mean by looking at it, but torch's modules say which they are.
-    if isinstance(loss, nn.modules.loss._Loss) and loss.reduction != "mean":
-        raise ValueError(f"loss has reduction={loss.reduction!r}; batches are averaged, so pass reduction='mean'")
+    function = named_loss(loss)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise CurvatureError(
@@ -127,8 +122,51 @@ def read_risk(model: nn.Module, data: Any, loss: Loss) -> Risk:
     ]
     counts = [batch.tensors[0].shape[0] for batch, _ in read]
     shares = [count / sum(counts) for count in counts]
-    function = _LOSSES[loss] if isinstance(loss, str) else loss
     return Risk(model, parameters, function, [(x, y, share) for (x, y), share in zip(read, shares, strict=True)])
+
+
+def named_loss(loss: Loss) -> Callable[[Tensor, Any], Tensor]:
+    """The function in what a caller names.
+
+    Args:
+        loss: A name, or a callable ``loss(logits, targets)`` that returns the mean over its batch.
+
+    Returns:
+        The callable.
+
+    Raises:
+        UnsupportedError: If the loss has an unknown name.
+        ValueError: If the loss is no callable, or a torch module with another reduction than the mean.
+    """
+    if isinstance(loss, str):
+        if loss not in _LOSSES:
+            raise UnsupportedError(f"loss={loss!r} has no name here; pass one of {', '.join(_LOSSES)}, or a callable")
+        return _LOSSES[loss]
+    if not callable(loss):
+        raise ValueError(f"loss must be a name or a callable loss(logits, targets), got {loss!r}")
+    # A sum cannot be told from a mean by looking at it, but torch's modules say which they are.
+    if isinstance(loss, nn.modules.loss._Loss) and loss.reduction != "mean":
+        raise ValueError(f"loss has reduction={loss.reduction!r}; batches are averaged, so pass reduction='mean'")
+    return loss
+
+
+@contextmanager
+def weights_restored(parameters: Sequence[nn.Parameter]) -> Iterator[list[Tensor]]:
+    """Write the weights back on leaving, bit for bit: subtracting a step would not give the same.
+
+    Args:
+        parameters: What is written to inside.
+
+    Yields:
+        Copies of the weights as they are.
+    """
+    kept = [p.detach().clone() for p in parameters]
+    try:
+        yield kept
+    finally:
+        with torch.no_grad():
+            for parameter, weight in zip(parameters, kept, strict=True):
+                parameter.copy_(weight)
 
 
 def _labelled(data: Any) -> Iterator[tuple[Any, Any]]:
