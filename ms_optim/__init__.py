@@ -3,7 +3,8 @@
 Symmetry      scale_symmetries, ScaleGroup
 Curvature     hessian_trace, hessian_diagonal, LayerTraces, LayerDiagonals
 Balancing     balance, rebalance_, Balance
-Sharpness     minimum_sharpness
+Sharpness     minimum_sharpness, renyi_sharpness, riemannian_sharpness, top_eigenvalue, frobenius_sharpness,
+              logdet_sharpness, universal_sharpness with a Member; Sharpness, the type of their values
 Optimizers    MSSAM, MSRegularizedSGD, SAM, ASAM, SharpnessAware
 Checkup       doctor, Diagnosis, Finding: what goes wrong in a training loop without a word
 Beside        ms_optim.testing (laws for any optimizer), ms_optim.integrations.timm, ms_optim.compat (davda54's SAM)
@@ -15,7 +16,17 @@ from .balancing import Balance, balance, rebalance_
 from .checkup import Diagnosis, Finding, doctor
 from .curvature import LayerDiagonals, LayerTraces, hessian_diagonal, hessian_trace
 from .optim import ASAM, MSSAM, SAM, MSRegularizedSGD, SharpnessAware
-from .sharpness import minimum_sharpness
+from .sharpness import (
+    Member,
+    Sharpness,
+    frobenius_sharpness,
+    logdet_sharpness,
+    minimum_sharpness,
+    renyi_sharpness,
+    riemannian_sharpness,
+    top_eigenvalue,
+    universal_sharpness,
+)
 from .symmetry import ScaleGroup, scale_symmetries
 
 __version__ = "0.1.0"
@@ -30,14 +41,22 @@ __all__ = [
     "LayerDiagonals",
     "LayerTraces",
     "MSRegularizedSGD",
+    "Member",
     "ScaleGroup",
+    "Sharpness",
     "SharpnessAware",
     "balance",
     "doctor",
     "errors",
+    "frobenius_sharpness",
     "hessian_diagonal",
     "hessian_trace",
+    "logdet_sharpness",
     "minimum_sharpness",
     "rebalance_",
+    "renyi_sharpness",
+    "riemannian_sharpness",
     "scale_symmetries",
+    "top_eigenvalue",
+    "universal_sharpness",
 ]
