@@ -38,7 +38,7 @@ _DENSE = 2048
 _INVARIANT = 64 * torch.finfo(torch.float64).eps
 
 # Eigenvalues below this part of the largest, in units of the products' rounding, are zeros.
-_ZERO = 32.0
+_ZERO = 8.0
 
 
 @dataclass(frozen=True)

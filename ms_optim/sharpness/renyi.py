@@ -68,9 +68,10 @@ def renyi_sharpness(
 
     Returns:
         The value, without unit. ``standard_error``, ``layers``, and in ``details``: ``trace`` and ``power_trace`` (Tr H
-        and Tr |H|^a), ``steps_error`` (the change from half of the steps, for orders below 1 the larger error),
-        ``dimension``, ``products``, and ``standard_error of NAME`` for each layer. A value is NaN, and the notes say
-        so, where the trace is not positive.
+        and Tr |H|^a), ``negative_share`` (the part of Tr |H| that is of negative eigenvalues), ``steps_error`` (the
+        change from half of the steps, for orders below 1 the larger error), ``dimension``, ``products``, and
+        ``standard_error of NAME`` for each layer. A value is NaN, and the notes say so, where the trace is not
+        positive.
 
     Raises:
         CurvatureError: If no parameter is trainable, or a product is not finite.
@@ -101,6 +102,7 @@ def renyi_sharpness(
             found[name] = (own_value, own_error)
             notes += [f"{name}: {note}"] if note else []
         value, error, note = renyi_of(whole, order)
+        size, trace = whole.trace(torch.abs)[0], whole.trace(lambda x: x)[0]
         coarse = math.nan if whole.coarse is None else renyi_of(whole.coarse, order)[0]
         return Sharpness(
             value,
@@ -108,7 +110,8 @@ def renyi_sharpness(
             layers={name: pair[0] for name, pair in found.items()},
             notes=[note, *notes] if note else notes,
             details={
-                "trace": whole.trace(lambda x: x)[0],
+                "trace": trace,
+                "negative_share": 0.5 * (1.0 - trace / size) if size > 0.0 else 0.0,
                 "power_trace": whole.trace(lambda x: x.abs() ** order)[0],
                 "steps_error": 0.0 if whole.exact else abs(value - coarse),
                 "dimension": whole.dimension,

@@ -11,6 +11,7 @@ from curvature.undisturbed import assert_undisturbed, snapshot
 from sharpness.spectral_cases import biased, chain, labelled, rescaled, seeded
 from torch import nn
 from torch.nn import functional as F
+from zoo import Residual, images
 
 import ms_optim
 from ms_optim.curvature.operator import Operator
@@ -34,6 +35,10 @@ def test_it_is_the_formula_applied_to_all_eigenvalues(network, matrix, order):
     assert found.standard_error == 0.0 and found.notes == ()
     assert found.details["trace"] == pytest.approx(float(whole.trace()))
     assert found.details["dimension"] == len(whole)
+    values = torch.linalg.eigvalsh(whole)
+    share = -float(values[values < 0].sum() / values.abs().sum())
+    assert found.details["negative_share"] == pytest.approx(share, abs=1e-12)
+    assert (share > 1e-12) == (matrix == "hessian")
     for name, _ in model.named_parameters():
         right = dense.renyi(dense.block(whole, model, [name]), order)
         assert found.layers[name] == pytest.approx(right, rel=1e-8, abs=1e-12)
@@ -142,6 +147,17 @@ def test_layers_are_unchanged_by_rescalings_and_the_whole_network_is_not(network
         assert again.details[key] == pytest.approx(found.details[key], rel=1e-6, abs=1e-9)
     assert abs(again - found) > 0.01 * abs(found)
     assert (found.standard_error == 0.0) == (options == {})
+
+
+@pytest.mark.parametrize("matrix", ["hessian", "gauss-newton"])
+def test_layers_beside_normalisers_and_residual_sums_are_unchanged_by_rescalings(matrix):
+    model, data = Residual().eval(), (images(4), torch.tensor([0, 1, 2, 0]))
+    names = ["conv.weight", "norm.weight", "conv1.weight", "head.weight"]
+    found, again = (
+        renyi_sharpness(m, data, 1.2, names, matrix, probes=3, steps=4) for m in (model, rescaled(model, data[0]))
+    )
+    assert again.layers == pytest.approx(found.layers, rel=1e-6)
+    assert abs(again - found) > 0.01 * abs(found)
 
 
 def test_a_trace_that_is_not_positive_is_said_and_disturbs_no_other_value():
