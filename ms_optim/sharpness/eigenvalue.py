@@ -36,8 +36,8 @@ def top_eigenvalue(
 
     Unchanged by orthogonal changes of coordinates, such as a permutation of units; not by rescalings.
 
-    Cost: as many products as it takes (usually 10 to 40), about two forward and backward passes over the data each; at
-    most 40 vectors of d float64 numbers are kept.
+    Cost: as many products as it takes (usually 10 to 40), each of the time of 3 to 9 gradients; at most 40
+    vectors of d float64 numbers are kept.
 
     Args:
         model: Measured in evaluation mode, unchanged.
