@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..curvature.operator import Matrix, curvature_of, seeded, whole_number
+from ..curvature.operator import seeded, whole_number
+from ..curvature.products import Matrix, curvature_of
 from ..curvature.risk import Loss
 from ..curvature.spectrum import Eigenpairs, extreme_eigenpairs
 from .value import Sharpness

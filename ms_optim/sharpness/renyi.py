@@ -27,7 +27,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..curvature.operator import Matrix, curvature_of, seeded, whole_number
+from ..curvature.operator import seeded, whole_number
+from ..curvature.products import Matrix, curvature_of
 from ..curvature.risk import Loss
 from ..curvature.spectrum import Spectrum, spectrum
 from .value import Sharpness

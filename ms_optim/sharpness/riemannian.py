@@ -31,7 +31,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..curvature.operator import Matrix, curvature_of, seeded
+from ..curvature.operator import seeded
+from ..curvature.products import Matrix, curvature_of
 from ..curvature.risk import Loss
 from ..curvature.spectrum import extreme_eigenpairs
 from .eigenvalue import checked_search, not_converged

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from ms_optim.curvature.losses.named_loss import loss_of
-from ms_optim.curvature.operator import Operator, curvature_of
+from ms_optim.curvature.operator import Operator
+from ms_optim.curvature.products import curvature_of
 from ms_optim.errors import CurvatureError, DataError, UnsupportedError
 from ms_optim.reference import curvature as oracle
 from ms_optim.reference import spectrum as dense
