@@ -71,6 +71,15 @@ def test_it_is_minus_an_entropy():
         assert renyi_of(spectrum(one, 5, 5, seeded(0)), order)[0] == pytest.approx(0, abs=1e-9)
 
 
+def test_it_says_nothing_about_the_size_of_the_curvature():
+    model, data = chain(), labelled()
+    for order in (0.5, 1.0, 1.2):
+        found = renyi_sharpness(model, data, order)
+        tripled = renyi_sharpness(model, data, order, loss=lambda o, t: 3 * F.cross_entropy(o, t))
+        assert tripled == pytest.approx(found, rel=1e-9) and tripled.layers == pytest.approx(found.layers, rel=1e-9)
+        assert tripled.details["trace"] == pytest.approx(3 * found.details["trace"])
+
+
 def random_matrix(d=40, least=-0.1):
     torch.manual_seed(7)
     q, _ = torch.linalg.qr(torch.randn(d, d))
