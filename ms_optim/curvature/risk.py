@@ -109,12 +109,7 @@ def read_risk(model: nn.Module, data: Any, loss: Loss) -> Risk:
             f"{type(model).__name__} has no parameter with requires_grad=True; call model.requires_grad_() "
             "to measure a frozen copy"
         )
-    for name, parameter in parameters.items():
-        if parameter.dtype not in (torch.float32, torch.float64):
-            raise UnsupportedError(
-                f"parameter {name} is {parameter.dtype}, too coarse for differences of gradients; measure a copy "
-                "with model.float() or model.double()"
-            )
+    require_precise(parameters)
     device = next(iter(parameters.values())).device
     read = [
         (_inputs(x, model, index).to(device), Batch((y,)).to(device).args[0])
@@ -167,6 +162,23 @@ def weights_restored(parameters: Sequence[nn.Parameter]) -> Iterator[list[Tensor
         with torch.no_grad():
             for parameter, weight in zip(parameters, kept, strict=True):
                 parameter.copy_(weight)
+
+
+def require_precise(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Refuse parameters in half precision.
+
+    Args:
+        parameters: Name → parameter.
+
+    Raises:
+        UnsupportedError: If one is neither float32 nor float64.
+    """
+    for name, parameter in parameters.items():
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise UnsupportedError(
+                f"parameter {name} is {parameter.dtype}, too coarse for differences of gradients; measure a copy "
+                "with model.float() or model.double()"
+            )
 
 
 def _labelled(data: Any) -> Iterator[tuple[Any, Any]]:

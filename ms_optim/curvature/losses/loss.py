@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from ...batch import class_logits
 from ...errors import DataError, UnsupportedError
 from . import logit_factor
-from .probabilities import largest
+from .probabilities import largest, probabilities
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,10 @@ class Loss(ABC):
     @abstractmethod
     def probe(self, logits: Tensor, generator: torch.Generator) -> Tensor:
         """One signed column s, ``[N, K]``, with E s sᵀ = P; the gradient includes its dependence on the logits."""
+
+    @abstractmethod
+    def product(self, logits: Tensor, vectors: Tensor) -> Tensor:
+        """P x for x of the logits' shape, ``[N, K]``, detached, in O(N K)."""
 
     def noise(self, samples: int, classes: int, probes: int, generator: torch.Generator) -> Tensor:
         """The signs of a whole batch, so that results do not depend on how it is then cut into chunks of samples.
@@ -190,6 +194,12 @@ class CrossEntropy(Loss):
         """See :func:`~ms_optim.curvature.losses.logit_factor.probe`."""
         return logit_factor.probe(logits, generator)
 
+    def product(self, logits: Tensor, vectors: Tensor) -> Tensor:
+        """p ⊙ (x − ⟨p, x⟩), the form without cancellation: x up to a constant is all that matters."""
+        with torch.no_grad():
+            p = probabilities(logits)
+            return p * (vectors - (p * vectors).sum(-1, keepdim=True))
+
 
 @dataclass(frozen=True)
 class ElementwiseLoss(Loss):
@@ -248,6 +258,11 @@ class ElementwiseLoss(Loss):
         """±√P_kk."""
         root = self.root(logits)
         return logit_factor.signs(tuple(root.shape), root, generator) * root
+
+    def product(self, logits: Tensor, vectors: Tensor) -> Tensor:
+        """P_kk x_k."""
+        with torch.no_grad():
+            return self.root(logits).square() * vectors
 
 
 @dataclass(frozen=True)
