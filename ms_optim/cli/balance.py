@@ -22,11 +22,13 @@ from ..balancing import balance
 from ..batch import Batch
 from ..curvature import hessian_trace
 from ..errors import CommandLineError
-from ..symmetry import ScaleGroup, scale_symmetries
+from ..symmetry import ScaleGroup
 from .checkpoint import Checkpoint, State, load_into, misfit, read_checkpoint, state_of
 from .data import add_data_arguments, load_data, logits_on
+from .measurement import scale_free_note
 from .models import DTYPES, add_model_arguments, load_model
 from .output import require_writable, whole_file
+from .symmetries import symmetries_of
 from .table import number
 
 _EXAMPLES = """\
@@ -112,7 +114,7 @@ def run(options: argparse.Namespace) -> int:
     print(f"data: {data}", flush=True)
     example = data.example()
 
-    group = scale_symmetries(model.module, example)
+    group = symmetries_of(model.module, example)
     found = balance(model.module, hessian_trace(model.module, data, options.columns), group, options.gauge)
     states = {key: state for key, state in checkpoint.states().items() if misfit(model.module, state) is None}
     t = group.bound(_exact(model.module, checkpoint.state), found.t)
@@ -150,7 +152,7 @@ def run(options: argparse.Namespace) -> int:
         f"{number(found.minimum_sharpness)}; {sum(a != 0 for a in found.log_scale.values())} of {len(found.log_scale)} "
         f"parameters rescaled, by factors of e^±{largest:.2f} at most"
     )
-    remarks = [f"note: {note}" for note in found.notes]
+    remarks = [f"note: {note}" for note in [*found.notes, *scale_free_note(found)]]
     remarks += [f"{key} was rescaled along" for key in moved if key != checkpoint.key]
     remarks += [f"left out: {', '.join(dropped)}"] if dropped else []
     print("\n".join([*remarks, f"wrote {options.output}"]))

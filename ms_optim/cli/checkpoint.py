@@ -161,9 +161,9 @@ def _read(path: Path) -> tuple[Any, dict[str, str]]:
             f"the checkpoint {path} holds objects that only running code could restore ({shortened(foreign, 3)}), "
             "which is not done here; save the model's state_dict() instead"
         ) from error
-    except OSError:
-        raise
     except Exception as error:
+        if isinstance(error, OSError) and error.filename:  # not that of a reader which met the end too soon
+            raise
         raise CommandLineError(
             f"the checkpoint {path} cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:200]}); is "
             "it complete?"

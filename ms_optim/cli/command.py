@@ -81,11 +81,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        options = parser().parse_args(arguments)
-        with _surroundings(options):
-            code: int = options.run(options)
-            sys.stdout.flush()
-            return code
+        try:
+            options = parser().parse_args(arguments)
+            with _surroundings(options):
+                code: int = options.run(options)
+                return code
+        finally:
+            sys.stdout.flush()  # here, so that a reader who has left is noticed here, after --help as well
     except KeyboardInterrupt:
         print("ms-optim: interrupted", file=sys.stderr)
         return 130

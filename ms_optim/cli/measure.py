@@ -17,12 +17,13 @@ from ..errors import CommandLineError, MsOptimError, SymmetryError
 from ..sharpness.catalogue import MEASURES, Measure, available
 from ..sharpness.trace import summed
 from ..sharpness.value import Sharpness
-from ..symmetry import ScaleGroup, scale_symmetries
+from ..symmetry import ScaleGroup
 from .data import Data, add_data_arguments, load_data
 from .figure import draw, require_matplotlib
 from .measurement import Measurement, Outcome, layers_of, minimum_of
 from .models import add_model_arguments, load_model, pair
 from .output import STANDARD_OUTPUT, require_writable, write_csv, write_json
+from .symmetries import symmetries_of
 from .table import table
 
 _EXAMPLES = """\
@@ -169,7 +170,7 @@ def run(options: argparse.Namespace) -> int:
 def _symmetries(data: Data) -> tuple[ScaleGroup | None, tuple[str, ...]]:
     """The scale group; without one there are still traces."""
     try:
-        return scale_symmetries(data.model.module, data.example()), ()
+        return symmetries_of(data.model.module, data.example()), ()
     except SymmetryError as error:
         return None, (f"no α* and no minimum sharpness, for the symmetries are not known: {error}",)
 
@@ -192,7 +193,10 @@ def _chosen(options: argparse.Namespace) -> dict[str, Measure]:
     for name in asked:
         if lacking[name]:
             needed = " ".join(f"{name}.{key}=…" for key in lacking[name])
-            raise CommandLineError(f"the measure {name} needs --set {needed}")
+            raise CommandLineError(
+                f"the measure {name} needs --set {needed}; what cannot be written there can be passed to "
+                f"ms_optim.sharpness.{there[name].function_name}(model, data, …)"
+            )
     return {name: measure for name, measure in there.items() if name in asked or (every and not lacking[name])}
 
 
@@ -211,7 +215,7 @@ def _measured(
         if name in known and not settings:
             outcomes[name] = Outcome(measure.formula, known[name])
             continue
-        if measure.needs_labels and not labelled:
+        if measure.needs_labels and not labelled and not settings:  # which may lift that
             outcomes[name] = Outcome(measure.formula, reason="it needs labels, and the data has none")
             continue
         begin = time.perf_counter()

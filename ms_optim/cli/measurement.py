@@ -194,6 +194,23 @@ def layers_of(model: nn.Module, traces: LayerTraces, found: Balance | None) -> t
     return tuple(layers)
 
 
+def scale_free_note(found: Balance) -> list[str]:
+    """What is to be known of weights whose scale means nothing: with them, minimum sharpness may exceed the trace.
+
+    Args:
+        found: The balance of the model.
+
+    Returns:
+        One note, or none.
+    """
+    if not found.free:
+        return []
+    return [
+        f"{len(found.free)} parameters in front of a normaliser may have any scale: they are held at unit norm per "
+        "output on average, so that the minimum may exceed the trace"
+    ]
+
+
 def minimum_of(traces: LayerTraces, found: Balance) -> Sharpness:
     """Minimum sharpness from the traces of the layers, as the measure ``minimum`` has it.
 
@@ -208,7 +225,7 @@ def minimum_of(traces: LayerTraces, found: Balance) -> Sharpness:
     weights = found.weights
     error = sum(weights[name] * value for name, value in traces.standard_error.items())
     layers = {name: value * weights[name] for name, value in traces.items()}
-    return Sharpness(found.minimum_sharpness, error, layers, found.notes)
+    return Sharpness(found.minimum_sharpness, error, layers, [*found.notes, *scale_free_note(found)])
 
 
 def _outcome(outcome: Outcome) -> Mapping[str, Any]:

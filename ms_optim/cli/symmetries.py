@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import textwrap
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from ..batch import Batch
 from ..errors import NoEffectWarning, SymmetryError
 from ..symmetry import Check, ScaleGroup, scale_symmetries
 from .data import add_data_arguments, load_data
@@ -74,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
     example = load_data(options, model).example()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NoEffectWarning)  # said in the report
-        group = scale_symmetries(model.module, example)
+        group = symmetries_of(model.module, example)
     check: Check | None = None
     failure: SymmetryError | None = None
     if options.check:
@@ -97,6 +101,27 @@ def run(options: argparse.Namespace) -> int:
     return 0 if failure is None else 1
 
 
+def symmetries_of(model: nn.Module, example: Batch) -> ScaleGroup:
+    """The scale group of a model, without what torch prints about a graph that it fails to read.
+
+    Args:
+        model: The model.
+        example: A batch on its device.
+
+    Returns:
+        The group.
+
+    Raises:
+        SymmetryError: If the model cannot be exported; what there is to say about it is in the error.
+    """
+    with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("always", NoEffectWarning)
+        group = scale_symmetries(model, example)
+    for warning in caught:
+        warnings.warn(warning.message, stacklevel=2)
+    return group
+
+
 def in_words(group: ScaleGroup, shown: int | None = _SHOWN) -> str:
     """The group as sentences: for each generator, what moves up and what down.
 
@@ -115,12 +140,13 @@ def in_words(group: ScaleGroup, shown: int | None = _SHOWN) -> str:
     for index, row in enumerate(group.generators.tolist()):
         up = [_powered(name, power) for name, power in zip(group.parameters, row, strict=True) if power > 0]
         down = [_powered(name, -power) for name, power in zip(group.parameters, row, strict=True) if power < 0]
-        up += [_powered(f"{s.mean} and its variance", p) for s in group.statistics if (p := float(s.row[index])) > 0]
-        down += [_powered(f"{s.mean} and its variance", -p) for s in group.statistics if (p := float(s.row[index])) < 0]
-        lines.append(f"  {index + 1}.")
-        lines += [
-            _listed(f"     {word:<5}", names, shown) for word, names in (("up", up), ("down", down)) if names
-        ]
+        along = [s.mean.rpartition(".")[0] or "the model" for s in group.statistics if float(s.row[index])]
+        heads = [f"{index + 1:>4}. ", "      "]
+        for word, names in (("up:", up), ("down:", down)):
+            if names:
+                lines.append(_listed(f"{heads.pop(0)}{word:<6}", names, shown))
+        if along:
+            lines.append(_listed("      along: running statistics of ", along, shown))
     fixed = [n for n, moves in zip(group.parameters, group.generators.any(0).tolist(), strict=True) if not moves]
     if fixed:
         lines.append(_listed("  fixed: ", fixed, shown))
@@ -180,7 +206,7 @@ def _powered(name: str, power: float) -> str:
 def _listed(head: str, names: list[str], shown: int | None) -> str:
     """A list, wrapped under its head."""
     text = shortened(names, len(names) if shown is None else shown)
-    indent = " " * min(len(head), 11)
+    indent = " " * min(len(head), 12)
     return textwrap.fill(
         head + text, _WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
     )
