@@ -93,7 +93,8 @@ class Measure:
         return value if isinstance(value, Sharpness) else Sharpness(value)
 
     def __str__(self) -> str:
-        quoted = {key: f'"{value}"' if isinstance(value, str) else value for key, value in self.fixed.items()}
+        given = {key: value for key, value in self.fixed.items() if value is not None}
+        quoted = {key: f'"{value}"' if isinstance(value, str) else value for key, value in given.items()}
         fixed = ", ".join(f"{key}={value}" for key, value in quoted.items())
         return f"{self.function_name}({fixed})" if fixed else self.function_name
 
@@ -130,7 +131,7 @@ _ROWS = (
         cost="as the diagonal",
         invariances=_UNITS,
         source="arXiv 2106.12612, generalised",
-        fixed={"granularity": "neuron"},
+        fixed={"granularity": "neuron", "group": None},  # another group than that of the layers: its own to find
     ),
     Measure(
         "normalized",

@@ -13,9 +13,9 @@ def network():
     return nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
 
 
-def later(model, data, radius, rho=0.1, *, granularity="layer"):
+def later(model, data, radius, rho=0.1, *, granularity="layer", group=None):
     """A measure as somebody may write it."""
-    return 10 * radius + rho + len(granularity)
+    return 10 * radius + rho + len(granularity) + (0 if group is None else 1000)
 
 
 def test_what_is_there_is_available_in_the_order_of_the_table():
@@ -31,7 +31,7 @@ def test_a_measure_appears_with_its_function(monkeypatch):
     assert "sam" not in available() and "sam" in MEASURES
     monkeypatch.setattr("ms_optim.sharpness.sam_sharpness", later, raising=False)
     sam = available()["sam"]
-    assert sam.required == ["radius"] and list(sam.options) == ["radius", "rho", "granularity"]
+    assert sam.required == ["radius"] and list(sam.options) == ["radius", "rho", "granularity", "group"]
     assert sam.accepts("rho") and not sam.accepts("data")
     value = sam(network(), None, radius=1.0)
     assert isinstance(value, Sharpness) and value == pytest.approx(15.1)
@@ -44,7 +44,7 @@ def test_a_row_with_a_fixed_option_needs_a_function_that_takes_it(monkeypatch):
     assert not neuron.exists and MEASURES["minimum"].exists
     monkeypatch.setattr("ms_optim.sharpness.minimum_sharpness", later)
     assert neuron.exists
-    assert neuron(network(), None, radius=1.0, granularity="layer") == pytest.approx(16.1)  # the row decides
+    assert neuron(network(), None, radius=1.0, granularity="layer", group="layers") == pytest.approx(16.1)  # the row decides
 
 
 def test_measures_are_the_functions():
