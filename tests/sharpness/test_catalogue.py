@@ -44,7 +44,8 @@ def test_a_row_with_a_fixed_option_needs_a_function_that_takes_it(monkeypatch):
     assert not neuron.exists and MEASURES["minimum"].exists
     monkeypatch.setattr("ms_optim.sharpness.minimum_sharpness", later)
     assert neuron.exists
-    assert neuron(network(), None, radius=1.0, granularity="layer", group="layers") == pytest.approx(16.1)  # the row decides
+    value = neuron(network(), None, radius=1.0, granularity="layer", group="layers")  # but the row decides
+    assert value == pytest.approx(16.1)
 
 
 def test_measures_are_the_functions():
