@@ -74,8 +74,9 @@ def add_to(commands: argparse._SubParsersAction[Any]) -> argparse.ArgumentParser
     parser: argparse.ArgumentParser = commands.add_parser(
         "balance",
         help="write the balanced checkpoint that computes the same function",
-        description="Rescale the weights of a checkpoint to the equivalent network with the smallest Hessian trace, "
-        "write them in the same layout, read them again and compare the logits. Nothing is left behind if they differ.",
+        description="Rescale the weights of a checkpoint to the equivalent network with the smallest Hessian trace,\n"
+        "write them in the same layout, read them again and compare the logits. If they differ, nothing\n"
+        "is left behind.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -147,10 +148,11 @@ def run(options: argparse.Namespace) -> int:
         print(f"ms-optim: {failure}", file=sys.stderr)
         return 1
     largest = max((abs(a) for a in found.log_scale.values()), default=0.0)
+    minimum = f", minimum sharpness {number(found.minimum_sharpness)}" if options.gauge == 0 else ""
     print(
-        f"trace {number(found.trace)} → {number(found.moved().trace)}, minimum sharpness "
-        f"{number(found.minimum_sharpness)}; {sum(a != 0 for a in found.log_scale.values())} of {len(found.log_scale)} "
-        f"parameters rescaled, by factors of e^±{largest:.2f} at most"
+        f"trace {number(found.trace)} → {number(found.moved().trace)}{minimum}; "
+        f"{sum(a != 0 for a in found.log_scale.values())} of {len(found.log_scale)} parameters rescaled, by factors of "
+        f"e^±{largest:.2f} at most"
     )
     remarks = [f"note: {note}" for note in [*found.notes, *scale_free_note(found)]]
     remarks += [f"{key} was rescaled along" for key in moved if key != checkpoint.key]

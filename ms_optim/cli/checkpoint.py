@@ -268,7 +268,10 @@ def state_of(model: nn.Module, like: State) -> State:
     own = model.state_dict()
     state = copy.copy(like)
     assert isinstance(state, dict)
+    made: dict[tuple[int, torch.Size], Tensor] = {}  # what was one tensor under two names stays one
     for name, key in stored_names(like, own.keys()).items():
-        if isinstance(like[key], Tensor):
-            state[key] = own[name].detach().to(like[key].device, like[key].dtype)
+        old = like[key]
+        if isinstance(old, Tensor):
+            new = own[name].detach().to(old.device, old.dtype)
+            state[key] = made.setdefault((old.data_ptr(), old.shape), new) if old.numel() else new
     return state

@@ -51,7 +51,7 @@ def add_to(commands: argparse._SubParsersAction[Any]) -> argparse.ArgumentParser
     parser: argparse.ArgumentParser = commands.add_parser(
         "doctor",
         help="examine a training loop: one dry step, everything is put back",
-        description="Run one dry step of your own training loop, with any optimizer, and report what goes wrong in it "
+        description="Run one dry step of your own training loop, with any optimizer, and report what goes wrong in it\n"
         "without a word. Exit code 1 if there is a problem; notes alone give 0.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

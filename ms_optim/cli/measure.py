@@ -55,7 +55,7 @@ def add_to(commands: argparse._SubParsersAction[Any]) -> argparse.ArgumentParser
     parser: argparse.ArgumentParser = commands.add_parser(
         "measure",
         help="sharpness of a model: traces of the layers, minimum sharpness and other measures",
-        description="Measure a model: the exact Hessian trace of every layer, the scales that take it to the "
+        description="Measure a model: the exact Hessian trace of every layer, the scales that take it to the\n"
         "equivalent network with the smallest trace, and the measures of the catalogue.",
         epilog=_EXAMPLES + "  " + ", ".join(available()),
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -48,8 +48,8 @@ def add_to(commands: argparse._SubParsersAction[Any]) -> argparse.ArgumentParser
     parser: argparse.ArgumentParser = commands.add_parser(
         "symmetries",
         help="the rescalings of parameters that leave the function unchanged",
-        description="Read the scale symmetries off a model's graph: what moves up and down together, and what no scale "
-        "passes.",
+        description="Read the scale symmetries off a model's graph: what moves up and down together, and what no\n"
+        "scale passes.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -152,8 +152,8 @@ def in_words(group: ScaleGroup, shown: int | None = _SHOWN) -> str:
         lines.append(_listed("  fixed: ", fixed, shown))
     if group.inexact_normalizers:
         lines.append(
-            f"  {group.inexact_normalizers} LayerNorm-like normalisers have an ε that does not move: there the "
-            "function is unchanged up to ε over the variance"
+            f"  {group.inexact_normalizers} LayerNorm-like normalisers have an ε that does not move: there the\n"
+            "  function is unchanged up to ε over the variance"
         )
     places: dict[tuple[str, str], list[str]] = {}
     for opaque in group.opaque:

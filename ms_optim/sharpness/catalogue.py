@@ -102,7 +102,7 @@ class Measure:
 _LAYERS = "rescalings of layers"
 _UNITS = "rescalings of layers and of units"
 _ALL = "every rescaling that keeps the function"
-_NONE = "none (rotations of all weights together)"
+_NONE = "rotations of all weights only"
 _TRACE = "K − 1 backpropagations to activations; r + 1 with columns=r"
 _PRODUCTS = "steps × probes products with H"
 _ASCENT = "a forward and a backward pass per step of the ascent"
@@ -226,7 +226,7 @@ _ROWS = (
         "pac_bayes_flatness",
         formula="1/σ²,  σ = sup{ σ : E_u err(W + σ u) − err(W) ≤ 0.1 }",
         cost="a forward pass per probe and step of the search",
-        invariances="none; magnitude-aware with ε = 0: " + _ALL,
+        invariances="nothing; magnitude-aware with ε = 0: " + _ALL,
         source="arXiv 1912.02178",
         needs_labels=True,
     ),

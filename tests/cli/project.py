@@ -27,6 +27,19 @@ def smooth():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.Tanh(), nn.Linear(6, 3)).double()
 
 
+class Tied(nn.Module):
+    """A network with one matrix under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 3)
+        self.second.weight = self.first.weight
+        self.double()
+
+    def forward(self, x):
+        return self.head(F.relu(self.second(F.relu(self.first(x.flatten(1))))))
+
+
 class Undecided(nn.Module):
     """A network whose graph depends on its input, so that it cannot be exported."""
 

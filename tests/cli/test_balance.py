@@ -61,7 +61,8 @@ def test_the_trace_of_the_written_file_is_the_minimum_of_the_first(ms, plain):
 
 def test_the_gauge_is_passed_on(ms, plain):
     out = plain.with_name("out.pth")
-    assert ms("balance", plain, out, *NAMED, "--gauge", 1).code == 0
+    run = ms("balance", plain, out, *NAMED, "--gauge", 1)
+    assert run.code == 0 and "minimum sharpness" not in run.out  # what norms decide is not the smallest trace
     model = unbalanced()
     ms_optim.rebalance_(model, project.batches(), gauge=1.0)
     written = torch.load(out, weights_only=True)
@@ -121,6 +122,16 @@ def test_safetensors_stay_safetensors(ms, tmp_path):
     assert ms("balance", tmp_path / "in.safetensors", tmp_path / "out.safetensors", *NAMED).code == 0
     written = files.load_file(tmp_path / "out.safetensors")
     torch.testing.assert_close(logits(written), logits(unbalanced().state_dict()), rtol=1e-12, atol=1e-12)
+
+
+def test_one_matrix_under_two_names_stays_one(ms, tmp_path):
+    torch.manual_seed(2)
+    torch.save(project.Tied().state_dict(), tmp_path / "in.pth")
+    given = ("--model", "cli.project:Tied", "--data", "cli.project:inputs")
+    assert ms("balance", tmp_path / "in.pth", tmp_path / "out.pth", *given).code == 0
+    before, after = (torch.load(tmp_path / name, weights_only=True) for name in ("in.pth", "out.pth"))
+    assert not torch.equal(after["first.weight"], before["first.weight"])
+    assert after["first.weight"].data_ptr() == after["second.weight"].data_ptr()
 
 
 def test_half_precision_is_kept_and_judged_by_its_rounding(ms, tmp_path):
