@@ -78,3 +78,7 @@ class ConformanceError(MsOptimError, AssertionError):
 
 class OverwrittenWarning(UserWarning):
     """Weights that somebody else wrote to while an optimizer had them perturbed: they are left as they are."""
+
+
+class CommandLineError(MsOptimError, ValueError):
+    """A command line that cannot be carried out: what was given, what is wrong with it, what to give instead."""

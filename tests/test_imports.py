@@ -24,6 +24,8 @@ FLOORS = [
     {"integrations", "compat", "checkup"},
     {"__init__"},
     {"demo", "train", "testing"},
+    {"cli"},
+    {"__main__"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
