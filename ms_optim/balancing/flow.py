@@ -128,7 +128,9 @@ def blocks(group: NeuronGroup) -> tuple[Block, ...]:
     return tuple(found)
 
 
-def strong_components(parts: Sequence[Block], alive: Sequence[Mask], count: int, together: Mask | None = None) -> Labels:
+def strong_components(
+    parts: Sequence[Block], alive: Sequence[Mask], count: int, together: Mask | None = None
+) -> Labels:
     """Number the strongly connected components of the units; the ground is the last entry.
 
     Args:
@@ -152,12 +154,13 @@ def strong_components(parts: Sequence[Block], alive: Sequence[Mask], count: int,
         inside = scipy.sparse.csr_matrix(inside.astype(float))
         inside.resize((count + 1, count + 1))
         edges = edges + inside
-        for lacking, ups, downs in ((mask & ~negative, (row_up, column_up), ()), (mask & ~positive, (), (row_down, column_down))):
-            reached = np.zeros(count + 1)
-            for side, axis in zip(ups or downs, (1, 0), strict=True):
-                reached[:count] += np.asarray(side.T @ lacking.any(axis=axis).astype(float)).ravel()
+        one_sided = ((mask & ~negative, (row_up, column_up), True), (mask & ~positive, (row_down, column_down), False))
+        for lacking, sides, upwards in one_sided:
+            reached = np.zeros(count)
+            for side, axis in zip(sides, (1, 0), strict=True):
+                reached += np.asarray(side.T @ lacking.any(axis=axis).astype(float)).ravel()
             units = np.flatnonzero(reached)
-            ends = (np.full(len(units), count), units) if ups else (units, np.full(len(units), count))
+            ends = (np.full(len(units), count), units) if upwards else (units, np.full(len(units), count))
             edges = edges + scipy.sparse.csr_matrix((np.ones(len(units)), ends), shape=edges.shape)
     if together is not None:
         units = np.flatnonzero(together)

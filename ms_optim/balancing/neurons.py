@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -67,7 +67,7 @@ class NeuronBalance:
     gauge: float
     residual: float
     notes: tuple[str, ...]
-    _at_minimum: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    _program: _Program | None = field(default=None, repr=False)
 
     def state(self) -> dict[str, Any]:
         """Plain containers, numbers and tensors, for a checkpoint.
@@ -75,7 +75,7 @@ class NeuronBalance:
         Returns:
             What :meth:`from_state` reads.
         """
-        kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "_at_minimum"}
+        kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "_program"}
         return {**kept, "notes": list(self.notes)}
 
     @classmethod
@@ -97,8 +97,31 @@ class NeuronBalance:
             A balance with log-scales 0; its ``trace`` is the one that was reached.
         """
         still = {name: torch.zeros_like(a) for name, a in self.log_scale.items()}
-        kept = {f.name: getattr(self, f.name) for f in fields(self)}
-        return NeuronBalance(**{**kept, "t": torch.zeros_like(self.t), "log_scale": still, "trace": self.reached})
+        return replace(self, t=torch.zeros_like(self.t), log_scale=still, trace=self.reached, _program=None)
+
+    def at(self, group: NeuronGroup, t: Tensor) -> NeuronBalance:
+        """The same network with other scales than the best, where those had to be bounded.
+
+        Args:
+            group: The group.
+            t: ``[U]``.
+
+        Returns:
+            A balance with the scales, pulls and trace of t; ``minimum_sharpness`` stays the minimum.
+
+        Raises:
+            BalanceError: If this balance was read from a checkpoint, or is one after its rescaling.
+        """
+        if self._program is None:
+            raise BalanceError("this NeuronBalance is without the network's numbers; call balance_neurons again")
+        vector, program = t.detach().cpu().double().numpy(), self._program
+        return replace(
+            self,
+            t=t.detach().cpu().double(),
+            log_scale=group.log_scale(t),
+            reached=program.trace(vector) + program.constant,
+            pulls=program.pulls(vector, self.scale_free.numpy()),
+        )
 
 
 def balance_neurons(
@@ -131,22 +154,23 @@ def balance_neurons(
     traces = _read(parameters, diagonal, group)
     tables = [block.table(diagonal[block.name]) for block in moving]
     norms = [block.table(parameters[block.name].detach().double().square()) for block in moving]
-    program = _Program(moving, tables, norms, group.units)
+    constant = sum(traces[name] for name in traces.keys() - {block.name for block in moving})
+    program = _Program(moving, tables, norms, group.units, constant)
     found = program.solve(gauge)
     t = torch.from_numpy(found.t.copy())
-    constant = sum(traces.values()) - sum(float(table.sum()) for table in tables)
     return NeuronBalance(
         t=t,
         log_scale=group.log_scale(t),
         minimum_sharpness=found.minimum + constant,
         trace=sum(traces.values()),
         reached=program.trace(found.t) + constant,
-        pulls=program.pulls(found.t, found.scale_free, parameters),
+        pulls=program.pulls(found.t, found.scale_free),
         scale_free=torch.from_numpy(found.scale_free),
         dead=torch.from_numpy(found.dead),
         gauge=gauge,
         residual=found.residual,
         notes=found.notes,
+        _program=program,
     )
 
 
@@ -163,13 +187,14 @@ class _Found:
 class _Program:
     """The terms of a network, and the three steps."""
 
-    def __init__(self, parts: tuple[Block, ...], traces: list[Matrix], norms: list[Matrix], count: int) -> None:
-        self.parts, self.traces, self.norms, self.count = parts, traces, norms, count
+    def __init__(
+        self, parts: tuple[Block, ...], traces: list[Matrix], norms: list[Matrix], count: int, constant: float
+    ) -> None:
+        self.parts, self.traces, self.norms, self.count, self.constant = parts, traces, norms, count, constant
 
     def trace(self, t: Vector) -> float:
         """Σ C e^{−2a}, over parameters that move."""
-        zero = np.zeros(0, dtype=np.intp)
-        return float(sum(restricted(b, c, t, zero).table.sum() for b, c in zip(self.parts, self.traces, strict=True)))
+        return self._at(self.traces, t)
 
     def solve(self, gauge: float) -> _Found:
         """All units' scales."""
@@ -216,8 +241,11 @@ class _Program:
 
     def _sum(self, masks: list[Mask], t: Vector) -> float:
         tables = [np.where(mask, c, 0.0) for mask, c in zip(masks, self.traces, strict=True)]
-        zero = np.zeros(0, dtype=np.intp)
-        return float(sum(restricted(b, table, t, zero).table.sum() for b, table in zip(self.parts, tables, strict=True)))
+        return self._at(tables, t)
+
+    def _at(self, tables: list[Matrix], t: Vector) -> float:
+        still = np.zeros(0, dtype=np.intp)
+        return float(sum(restricted(b, d, t, still).table.sum() for b, d in zip(self.parts, tables, strict=True)))
 
     def _balanced(self, t: Vector, moving: Mask, label: Any, alive: list[Mask]) -> tuple[Vector, float]:
         """Traces decide, over terms within one component."""
@@ -268,7 +296,7 @@ class _Program:
             t[units] = np.log(size[units] / norm[units]) / (2 * reach[units])
             left &= ~ready
 
-    def pulls(self, t: Vector, scale_free: Mask, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    def pulls(self, t: Vector, scale_free: Mask) -> dict[str, Tensor]:
         """Σ of the curvature of a scale-free unit's rows, per row: Σ_j C_j N_j with N_j = ‖W_j‖² has 2 C_j W_j."""
         found: dict[str, Tensor] = {}
         if not scale_free.any():
@@ -289,7 +317,9 @@ class _Program:
         return found
 
 
-def _read(parameters: Mapping[str, nn.Parameter], diagonal: Mapping[str, Tensor], group: NeuronGroup) -> dict[str, float]:
+def _read(
+    parameters: Mapping[str, nn.Parameter], diagonal: Mapping[str, Tensor], group: NeuronGroup
+) -> dict[str, float]:
     """The trace of every parameter that has a diagonal, once all of them are known to fit."""
     if parameters.keys() != set(group.parameters):
         raise BalanceError(

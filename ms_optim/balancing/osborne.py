@@ -7,9 +7,9 @@ unit u has what comes in, A (the terms that fall as e^{−2u}), and what goes ou
 alone it is best at e^{4u} = A / B.  That is Osborne's iteration, unit after unit.  Two deviations:
 
 1. All units at once.  With m the largest Σ_u |∂a/∂t_u| of any term, convexity gives
-   e^{−2 Σ k_u δ_u} ≤ Σ_u (|k_u|/m) e^{−2 m sign(k_u) δ_u} + rest, so that e^{4 m δ_u} = A_u / B_u never increases f, for
-   coefficients other than ±1, too, where A = Σ_{k>0} k T and B = Σ_{k<0} |k| T.  It is damped, but every sweep is two
-   products with each table.
+   e^{−2 Σ k_u δ_u} ≤ Σ_u (|k_u|/m) e^{−2 m sign(k_u) δ_u} + rest, so that e^{4 m δ_u} = A_u / B_u never increases f,
+   for coefficients other than ±1, too, where A = Σ_{k>0} k T and B = Σ_{k<0} |k| T.  It is damped, but every sweep is
+   two products with each table.
 2. Near the minimum, Newton's method takes over, with conjugate gradients on the Hessian, of which only products with
    vectors are needed.
 
@@ -66,7 +66,8 @@ class Sum:
             sides = []
             reach = 0.0
             for side in (term.rows, term.columns):
-                sides.append((side, side.maximum(0).T.tocsr(), (-side).maximum(0).T.tocsr(), side.multiply(side).T.tocsr()))
+                parts = (side.maximum(0), (-side).maximum(0), side.multiply(side))
+                sides.append((side, *(part.T.tocsr() for part in parts)))
                 reach += float(abs(side).sum(axis=1).max()) if side.nnz else 0.0
             self._signed.append(sides)
             most = max(most, reach)
@@ -91,7 +92,7 @@ class Sum:
         return a, b
 
     def curvature(self, weights: list[tuple[Matrix, Vector, Vector]]) -> tuple[Callable[[Vector], Vector], Vector]:
-        """The product of a quarter of the Hessian with a vector, and (nearly, where a unit meets itself) its diagonal."""
+        """A quarter of the Hessian: its product with a vector, and its diagonal (nearly, where a unit meets itself)."""
         diagonal = np.zeros(self.count)
         for sides, (_, *sums) in zip(self._signed, weights, strict=True):
             for (_, _, _, square), total in zip(sides, sums, strict=True):
@@ -99,7 +100,8 @@ class Sum:
 
         def times(v: Vector) -> Vector:
             result = np.zeros(self.count)
-            for ((rows, *_), (columns, *_)), (value, over_rows, over_columns) in zip(self._signed, weights, strict=True):
+            for ((rows, *_), (columns, *_)), of_table in zip(self._signed, weights, strict=True):
+                value, over_rows, over_columns = of_table
                 x, y = rows @ v, columns @ v
                 result += rows.T @ (over_rows * x + value @ y) + columns.T @ (over_columns * y + value.T @ x)
             return result
@@ -184,7 +186,9 @@ def _newton_step(
     return None
 
 
-def conjugate_gradients(times: Callable[[Vector], Vector], diagonal: Vector, right: Vector, limit: int = 2000) -> Vector:
+def conjugate_gradients(
+    times: Callable[[Vector], Vector], diagonal: Vector, right: Vector, limit: int = 2000
+) -> Vector:
     """Solve H x = right for a positive semidefinite H, in coordinates scaled to the diagonal 1.
 
     Args:

@@ -60,8 +60,8 @@ def minimum_sharpness(
     expected = ScaleGroup if granularity == "layer" else NeuronGroup
     if group is not None and not isinstance(group, expected):
         raise ValueError(
-            f"granularity={granularity!r} rescales by a {expected.__name__}, and the group is a {type(group).__name__}; "
-            "pass the other granularity, or no group"
+            f"granularity={granularity!r} rescales by a {expected.__name__}, and the group is a "
+            f"{type(group).__name__}; pass the other granularity, or no group"
         )
     example, data = peek(data, model)
     if granularity == "neuron":

@@ -9,16 +9,22 @@ from .channels import neuron_symmetries
 from .discover import scale_symmetries
 from .group import Check, Opaque, ScaleGroup, Statistics
 from .rules import scale_rule
-from .unit_group import Factor, NeuronGroup, UnitStatistics
+from .unit_group import Factor, LogScales, NeuronGroup, UnitStatistics, multiply_
+
+#: Rescalings of whole layers, or of single hidden units.
+Group = ScaleGroup | NeuronGroup
 
 __all__ = [
     "Check",
     "Factor",
+    "Group",
+    "LogScales",
     "NeuronGroup",
     "Opaque",
     "ScaleGroup",
     "Statistics",
     "UnitStatistics",
+    "multiply_",
     "neuron_symmetries",
     "scale_rule",
     "scale_symmetries",

@@ -126,7 +126,7 @@ def movement(op: ChannelOperation) -> bool:
         return False
 
     def with_labels(node: fx.Node) -> Tensor:
-        value = node.meta.get("val")
+        value: Any = node.meta.get("val")
         if is_scalable(value):
             return op.graph.labels_of(node).expand(value.shape).contiguous()
         known = op.graph.known(node)

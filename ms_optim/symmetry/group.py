@@ -111,6 +111,12 @@ class ScaleGroup:
         """G, the number of generators."""
         return self.generators.shape[0]
 
+    @property
+    def moving(self) -> tuple[str, ...]:
+        """The parameters that some element moves."""
+        moves = zip(self.parameters, self.generators.any(0).tolist(), strict=True)
+        return tuple(name for name, moved in moves if moved)
+
     def log_scale(self, t: Element) -> dict[str, float]:
         """a = Bᵀ t, the logarithm of the factor of every parameter.
 

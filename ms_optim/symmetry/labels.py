@@ -6,8 +6,9 @@ that broadcasts to its shape (size 1 along every axis on which nothing varies), 
     a view, permutation, slice or concatenation of a tensor is the same operation on its labels,
     an equation between tensors is an equation for each *pair* of labels that meet,
 
-and of a million entries of an activation only as many equations are left as it has channels.  Two labels are special:
-``FIXED_LABEL``, the scale 0 of what does not move, and ``ANY``, that of zeros, which equal every multiple of themselves.
+and of a million entries of an activation only as many equations are left as it has channels.  Two labels are
+special: ``FIXED_LABEL``, the scale 0 of what does not move, and ``ANY``, that of zeros, which equal every multiple of
+themselves.
 """
 
 from __future__ import annotations

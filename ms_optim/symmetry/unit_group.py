@@ -30,6 +30,9 @@ from .invariance import relative_difference, undisturbed
 from .linear_system import FIXED, LinearSystem, LogScale
 from .optimizer_state import moving_state
 
+#: What one parameter is rescaled by: the log-scale of all of it, or terms that broadcast to it.
+LogScales = float | list[Tensor]
+
 # A running variance this far below zero, in units of ε, is the rounding of a variance at its bound.
 _VARIANCE_ROUNDING = 1e-6
 
@@ -93,6 +96,11 @@ class NeuronGroup:
     def __len__(self) -> int:
         """U, the number of units."""
         return self.units
+
+    @property
+    def moving(self) -> tuple[str, ...]:
+        """The parameters that some element moves."""
+        return tuple(name for name in self.parameters if any(factor.matrix.nnz for factor in self.factors[name]))
 
     def terms(self, t: Element) -> dict[str, list[Tensor]]:
         """The terms of every parameter's log-scale, float64; their sum broadcasts to the parameter.
@@ -379,17 +387,19 @@ class NeuronGroup:
         return moved
 
 
-def multiply_(tensor: Tensor, terms: list[Tensor], k: int) -> Tensor:
-    """Multiply a tensor by e^{k Σ terms}, in place.
+def multiply_(tensor: Tensor, terms: LogScales, k: int = 1) -> Tensor:
+    """Multiply a tensor by e^{k Σ terms}, in place: the same products, bit for bit, as in ``rescale_``.
 
     Args:
         tensor: Changed.
-        terms: Log-scales, each broadcasting to the tensor.
+        terms: A log-scale, or several that broadcast to the tensor.
         k: The power.
 
     Returns:
         The tensor.
     """
+    if not isinstance(terms, list):
+        return tensor.mul_(math.exp(k * terms))
     for term in terms:
         tensor.mul_(torch.exp(k * term).to(tensor))
     return tensor
