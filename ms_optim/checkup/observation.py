@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from ..optim import SharpnessAware
 from ..optim.distributed import local
 from ..optim.randomness import Streams
-from ..symmetry import ScaleGroup
+from ..symmetry import Group
 from .diagnosis import PassSeen
 
 
@@ -193,7 +193,7 @@ class Observation:
     buffers_after: list[Tensor] = field(default_factory=list)
     after: Look | None = None
     stepped: bool = False  # whether the optimizer's own `step` ran
-    group: ScaleGroup | None = None
+    group: Group | None = None
     movable: set[int] = field(default_factory=set)  # the identities of the parameters that it moves
     losses: tuple[float, float] = (math.nan, math.nan)
     cosine: float = math.nan

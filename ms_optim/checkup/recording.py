@@ -91,8 +91,7 @@ class Recorder:
         seen.group = ours.group
         if ours.group is not None and ours.model is not None:
             named = dict(ours.model.named_parameters())
-            moves = zip(ours.group.parameters, ours.group.generators.any(0).tolist(), strict=True)
-            seen.movable = {id(named[name]) for name, moved in moves if moved and name in named}
+            seen.movable = {id(named[name]) for name in ours.group.moving if name in named}
         found = ours.diagnostics
         if found is not None and seen.error is None:
             seen.losses, seen.cosine = (found.loss, found.perturbed_loss), found.cosine

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..symmetry import ScaleGroup
+from ..symmetry import Group
 from .diagnosis import Finding
 from .examination import note, problem, rule, shortened
 from .observation import Observation
@@ -97,7 +97,7 @@ def _moved(seen: Observation) -> list[str]:
     return [n for n, p in named if p.requires_grad and n not in seen.foreign and id(p) in seen.movable]
 
 
-def _obstacles(group: ScaleGroup) -> str:
+def _obstacles(group: Group) -> str:
     """What no scale passes, where, and why."""
     found = [f"{o.operation} in {o.where or '(model)'}: {o.reason}" for o in group.opaque]
     return shortened(list(dict.fromkeys(found)))

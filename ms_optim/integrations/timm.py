@@ -44,7 +44,7 @@ from ..curvature.parallel import unwrapped
 from ..errors import OptimizerError
 from ..optim import ASAM, MSSAM, SAM, MSRegularizedSGD, SharpnessAware
 from ..optim.binding import LOSS_MODULES
-from ..symmetry import ScaleGroup
+from ..symmetry import Group
 from ..symmetry.optimizer_state import STATE_EXPONENTS
 
 try:
@@ -158,7 +158,7 @@ def _rescale_average(optimizer: SharpnessAware, task: Any) -> None:
     """Whenever the weights are rescaled, rescale a task's average of them, if it has one by then."""
     found = weakref.ref(task)
 
-    def rescale(group: ScaleGroup, t: Tensor) -> None:
+    def rescale(group: Group, t: Tensor) -> None:
         average = getattr(found(), "trainable_module_ema", None)
         if average is not None:
             group.rescale_(unwrapped(average.module), t, clamp=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from ..balancing import Balance
+from ..balancing import Balance, NeuronBalance
 from ..errors import LostStateWarning, StateError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def written(optimizer: SharpnessAware) -> dict[str, Any]:
         "parameters": optimizer.signature(),
         "steps": optimizer.steps,
         "due": representative.due,
-        "representative": [representative.rebalance, representative.gauge],
+        "representative": representative.identity,
         "generator": optimizer.generator.get_state(),
         "seed": optimizer.seed,
         "balance": None if representative.balance is None else representative.balance.state(),
@@ -75,8 +75,9 @@ def read(optimizer: SharpnessAware, state_dict: dict[str, Any]) -> None:
         raise StateError(f"the state_dict belongs to other parameters: {_first_difference(theirs, ours)}")
     representative = optimizer.representative
     restored, due, log_scale = None, 0, {}
-    if list(own["representative"]) == [representative.rebalance, representative.gauge]:
-        restored = None if own["balance"] is None else Balance.from_state(own["balance"])
+    if list(own["representative"]) == representative.identity:
+        kind: type[Balance] | type[NeuronBalance] = Balance if representative.granularity == "layer" else NeuronBalance
+        restored = None if own["balance"] is None else kind.from_state(own["balance"])
         due = min(int(own["due"]), representative.every)
         log_scale = dict(own.get("log_scale", {}))
     stream = own["generator"].cpu()

@@ -35,10 +35,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..balancing.rebalance import Granularity
 from ..batch import Batch
 from ..curvature.parallel import unwrapped
 from ..errors import OptimizerError, UnsupportedError
-from ..symmetry import ScaleGroup
+from ..symmetry import Group
 from . import checkpoint
 from .binding import Binding
 from .closure import called_by_a_scaler, is_a_scalers, loss_by_loop, loss_by_passes
@@ -54,6 +55,7 @@ from .requirements import (
     Buffers,
     MicroBatch,
     Rebalance,
+    require_granularity,
     require_known_base,
     require_model,
     require_one_gradient,
@@ -81,6 +83,8 @@ class SharpnessAware(Watcher):
         refresh_every: Steps between refreshes.
         columns: Exact columns per sample in a refresh's traces; ``None`` is exact.
         gauge: κ ∈ [0, 1], which representative: 0 trace, ½ trace × norm², 1 norm.
+        granularity: What ``"move"`` rescales: ``"layer"``, whole tensors, or ``"neuron"``, every hidden unit (channel)
+            on its own, by the diagonal of the Hessian.
         group: The scale group; discovered on the first batch if ``None``. Of a sharded model, discover it before
             sharding.
         seed: Of the generator for signs and noise.
@@ -119,7 +123,8 @@ class SharpnessAware(Watcher):
         refresh_every: int = 100,
         columns: int | None = 2,
         gauge: float = 0.0,
-        group: ScaleGroup | None = None,
+        granularity: Granularity = "layer",
+        group: Group | None = None,
         seed: int = 0,
         every: int = 1,  # k
         start: int = 0,
@@ -146,11 +151,14 @@ class SharpnessAware(Watcher):
         if not callable(base):
             raise OptimizerError(f"base is {base!r}; pass a class of optimizers, such as torch.optim.SGD")
         require_range(settings, rebalance, refresh_every, columns, gauge, buffers, m)
+        require_granularity(granularity, rebalance, gauge, group)
         self.schedule = Schedule(every, start, end, total_steps)
         self.model = None if model is None else unwrapped(model)
         self.ranks = Ranks([] if model is None else [model], process_group)
         self.buffers, self.m, self.seed = buffers, m, seed
-        self.representative = Representative(self, rebalance, refresh_every, columns, gauge, group)
+        self.representative = Representative(
+            self, rebalance, refresh_every, columns, gauge, granularity, group
+        )
         self.observer = Observer(self, diagnose)
         self.steps = 0
         self._settings = dict(settings)
@@ -159,7 +167,7 @@ class SharpnessAware(Watcher):
         self._pass: GradientPass | None = None
         self._names: list[str] = []
         self.backup, self.buffers_before, self.buffers_between = Copies(), Copies(), Copies()
-        self.moved: list[tuple[ScaleGroup, Tensor]] = []  # the rescalings of this step
+        self.moved: list[tuple[Group, Tensor]] = []  # the rescalings of this step
         self.beginnings: list[Snapshot] = []  # what a closure that is called once can go back to
         self.outside: list[Version] = []  # the gradients as a training forward outside of all passes found them
         self.zeroed = False

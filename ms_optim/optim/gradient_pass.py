@@ -10,9 +10,8 @@ the weights change.
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OptimizerError, OverwrittenWarning
+from ..symmetry import LogScales, multiply_
 from .copies import Buffers, Copies, Slot, set_buffers, to_the_end
 from .distributed import local, reshard
 from .perturbation import DeviceNorm, Perturbation, Scaled, add_scaled
@@ -67,7 +67,7 @@ class Snapshot:
         # A closure that calls an attached module several times may have to be undone as a whole.
         self._weights = Copies() if alone or optimizer.beginnings else optimizer.backup
         self._others = Copies()
-        self.rescalings: list[dict[str, float]] = []  # those of the weights since they were kept, as log-scales by name
+        self.rescalings: list[Mapping[str, LogScales]] = []  # of the weights since they were kept, by name
         self._names: list[str] = []
         self.keeps_weights = False
         self.keep_buffers()
@@ -100,7 +100,7 @@ class Snapshot:
             for log_scale in self.rescalings:
                 for i in taken:
                     if log_scale.get(self._names[i]):
-                        weights[i].mul_(math.exp(log_scale[self._names[i]]))
+                        multiply_(weights[i], log_scale[self._names[i]])
 
     def restore(self) -> None:
         """Put everything back, to the end even if interrupted."""

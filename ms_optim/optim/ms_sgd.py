@@ -180,14 +180,15 @@ class MSRegularizedSGD(SharpnessAware):
             warnings.warn(message, NonFiniteWarning, stacklevel=2)
             return
         signs = self.signs()
-        pulls = [2.0 * s * n for s, n in zip(strength, self.scales("pulls"), strict=True)]
+        pulls = [2.0 * s * n for s, n in zip(strength, self.pulls(), strict=True)]
         with torch.no_grad():
             for i in wanted:
                 p, added = parameters[i], penalty[i]
                 if p.grad is None and (added is None or group is not None):
                     continue  # took no part in this step; torch's weight decay leaves such a parameter alone, too
                 added = None if added is None else as_shard_of(added, p)
-                total = plus(added, p.detach() * pulls[i] if pulls[i] else None)
+                pulled = isinstance(pulls[i], Tensor) or pulls[i] != 0.0
+                total = plus(added, p.detach() * pulls[i] if pulled else None)
                 if total is not None:
                     total = total if signs[i] > 0 else -total  # with `maximize` the base descends along −.grad
                     p.grad = total if p.grad is None else plus(p.grad, total)

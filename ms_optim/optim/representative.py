@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..balancing import Balance, balance
+from ..balancing import Balance, NeuronBalance, balance, balance_neurons
+from ..balancing.rebalance import Granularity
 from ..batch import Batch
-from ..curvature import hessian_trace
-from ..errors import NoEffectWarning
-from ..symmetry import ScaleGroup, scale_symmetries
+from ..curvature import hessian_diagonal, hessian_trace
+from ..errors import NoEffectWarning, UnsupportedError
+from ..symmetry import Group, LogScales, NeuronGroup, neuron_symmetries, scale_symmetries
 from .distributed import gathered, reshard
 from .gradient_pass import Snapshot
 from .requirements import Rebalance
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 # each round takes the difference between equivalent starts from 1e-2 to 1e-6 to rounding.
 _FIRST_ROUNDS = 4
 
-RescaleHook = Callable[[ScaleGroup, Tensor], Any]
+RescaleHook = Callable[[Group, Tensor], Any]
 
 
 class Representative(Part):
@@ -48,11 +49,13 @@ class Representative(Part):
         every: Steps between refreshes.
         columns: Exact columns per sample in the traces; ``None`` is exact.
         gauge: κ.
+        granularity: Whether layers or single hidden units are rescaled.
         group: The scale group; ``None``: discovered at the first refresh.
 
     Attributes:
         balance: What the last refresh found; ``None`` before the first, and where there is no symmetry to use.
-        log_scale: By how much the last refresh rescaled each parameter, or would have (``"metric"``).
+        log_scale: By how much the last refresh rescaled each parameter, or would have (``"metric"``); on average over
+            its rows and columns, for single units.
         due: Steps until the next refresh.
     """
 
@@ -63,19 +66,26 @@ class Representative(Part):
         every: int,
         columns: int | None,
         gauge: float,
-        group: ScaleGroup | None,
+        granularity: Granularity,
+        group: Group | None,
     ) -> None:
         super().__init__(optimizer)
         self.rebalance, self.every, self.columns, self.gauge, self.group = rebalance, every, columns, gauge, group
-        self.balance: Balance | None = None
+        self.granularity: Granularity = granularity
+        self.balance: Balance | NeuronBalance | None = None
         self.log_scale: dict[str, float] = {}
         self.due = 0
-        self._subgroups: dict[frozenset[str], ScaleGroup] = {}
+        self._subgroups: dict[frozenset[str], Group] = {}
         self._hooks: OrderedDict[int, RescaleHook] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         """A hook carries along something of the original's, as an average of its weights."""
         return {**super().__getstate__(), "_hooks": OrderedDict()}
+
+    @property
+    def identity(self) -> list[Any]:
+        """Which representative it is, for a checkpoint."""
+        return [self.rebalance, self.gauge] + ([] if self.granularity == "layer" else [self.granularity])
 
     def register_hook(self, hook: RescaleHook) -> RemovableHandle:
         """Have a function called whenever the weights were rescaled."""
@@ -83,12 +93,12 @@ class Representative(Part):
         self._hooks[handle.id] = hook
         return handle
 
-    def announce(self, group: ScaleGroup, t: Tensor) -> None:
+    def announce(self, group: Group, t: Tensor) -> None:
         """Call the hooks."""
         for hook in tuple(self._hooks.values()):
             hook(group, t)
 
-    def refresh(self, model: nn.Module, batch: Batch, before: Snapshot | None = None) -> Balance | None:
+    def refresh(self, model: nn.Module, batch: Batch, before: Snapshot | None = None) -> Balance | NeuronBalance | None:
         """Find the representative of a model, and go there with ``"move"``; an exception changes nothing.
 
         Args:
@@ -101,7 +111,8 @@ class Representative(Part):
         """
         if self.group is None:
             with gathered(model):
-                self.group = scale_symmetries(model, batch)
+                discover = scale_symmetries if self.granularity == "layer" else neuron_symmetries
+                self.group = discover(model, batch)
         group = self._subgroup(model, self.group)
         if len(group) == 0:
             self.due, self.balance, self.log_scale = self.every, None, {}
@@ -127,7 +138,8 @@ class Representative(Part):
             before.restore()
             raise
         self.due, self.balance = self.every, found
-        self.log_scale = group.log_scale(t)
+        scales = group.log_scale(t)
+        self.log_scale = {n: float(a.mean()) if isinstance(a, Tensor) else a for n, a in scales.items()}
         if self.rebalance == "move":
             reshard(model)
             self.optimizer.moved.append((group, t))
@@ -135,9 +147,11 @@ class Representative(Part):
         return found
 
     def _move(
-        self, model: nn.Module, batch: Batch, group: ScaleGroup, before: Snapshot
-    ) -> tuple[Balance, Tensor]:
+        self, model: nn.Module, batch: Batch, group: Group, before: Snapshot
+    ) -> tuple[Balance | NeuronBalance, Tensor]:
         """Trace, solve, and with ``"move"`` rescale."""
+        if isinstance(group, NeuronGroup):
+            return self._move_units(model, batch, group, before)
         optimizer, ranks = self.optimizer, self.optimizer.ranks
         device = optimizer.device
         with gathered(model):
@@ -161,11 +175,40 @@ class Representative(Part):
         optimizer.rescale_kept(log_scale)
         return found.moved(), t
 
+    def _move_units(
+        self, model: nn.Module, batch: Batch, group: NeuronGroup, before: Snapshot
+    ) -> tuple[NeuronBalance, Tensor]:
+        """The same for single hidden units, by the diagonal."""
+        optimizer, ranks = self.optimizer, self.optimizer.ranks
+        if optimizer.sharded:
+            raise UnsupportedError(
+                "granularity='neuron' rescales rows and columns of whole parameters, and these are sharded over ranks; "
+                "use granularity='layer', or DistributedDataParallel"
+            )
+        diagonal = hessian_diagonal(
+            model,
+            batch,
+            self.columns,
+            statistics="training",
+            generator=optimizer.generator,
+            process_group=ranks.group,
+            max_memory="pass",
+        )
+        found = balance_neurons(model, diagonal, group, self.gauge)
+        device = optimizer.device
+        t = ranks.of_first(group.bound(model, found.t, lambda limits: ranks.largest(limits, device)), device)
+        found = found if torch.equal(t, found.t) else found.at(group, t)
+        terms: dict[str, LogScales] = {name: list(parts) for name, parts in group.terms(t).items()}
+        group.rescale_(model, t, optimizer.base)
+        before.rescalings.append(terms)
+        optimizer.rescale_kept(terms)
+        return found.moved(), t
+
     def _on_all_ranks(self, reached: bool) -> bool:
         """Whether it is so on every rank: they make the same number of measurements."""
         return not self.optimizer.ranks.largest([0.0 if reached else 1.0], self.optimizer.device)[0]
 
-    def _subgroup(self, model: nn.Module, group: ScaleGroup) -> ScaleGroup:
+    def _subgroup(self, model: nn.Module, group: Group) -> Group:
         """The part of the group that moves only parameters this optimizer may move: trainable and its own."""
         own = {id(p) for p in self.optimizer.parameters()}
         fixed = frozenset(n for n, p in model.named_parameters() if id(p) not in own or not p.requires_grad)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import OptimizerError, UnsupportedError
+from ..symmetry import Group, NeuronGroup, ScaleGroup
 from ..symmetry.optimizer_state import STATE_EXPONENTS
 
 Rebalance = Literal["move", "metric"] | None
@@ -141,6 +142,36 @@ def require_known_base(base: Optimizer, rebalance: Rebalance) -> None:
             f"rebalance='move' rescales the base optimizer's state, and it is not known how that of "
             f"{type(base).__name__} moves with a parameter's scale; use {supported}, or rebalance='metric'"
         )
+
+
+def require_granularity(granularity: str, rebalance: Rebalance, gauge: float, group: Group | None) -> None:
+    """Refuse what is not defined for single hidden units.
+
+    Args:
+        granularity: ``"layer"`` or ``"neuron"``.
+        rebalance: As in :class:`SharpnessAware`.
+        gauge: κ.
+        group: The group, if one was given.
+
+    Raises:
+        UnsupportedError: If ``"metric"`` is asked for.
+        ValueError: If the granularity is unknown, or the gauge or the group is one of layers only.
+    """
+    if granularity not in ("layer", "neuron"):
+        raise ValueError(f"granularity must be 'layer' or 'neuron', got {granularity!r}")
+    kind = ScaleGroup if granularity == "layer" else NeuronGroup
+    if group is not None and not isinstance(group, kind):
+        raise ValueError(
+            f"granularity={granularity!r} takes a {kind.__name__}, and the group is a {type(group).__name__}; pass "
+            f"what {'scale_symmetries' if granularity == 'layer' else 'neuron_symmetries'} returns"
+        )
+    if granularity == "neuron" and rebalance == "metric":
+        raise UnsupportedError(
+            "rebalance='metric' at granularity='neuron' would need a number for every weight in every perturbation, "
+            "which is not supported; use rebalance='move', which rescales the units themselves"
+        )
+    if granularity == "neuron" and gauge not in (0.0, 1.0):
+        raise ValueError(f"gauge must be 0 or 1 at granularity='neuron', got {gauge}; 0 balances traces, 1 norms")
 
 
 def require_nonnegative(key: str, value: float) -> None:

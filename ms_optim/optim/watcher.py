@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ..balancing import Balance
+from ..balancing import Balance, NeuronBalance
 from ..batch import Batch
 from ..errors import LostGradientsWarning, NoEffectWarning, OptimizerError
 from .binding import Binding
@@ -144,7 +144,7 @@ class Watcher(Wrapper):
         own = self.m == "local" or self.loss_loop.begun
         return isinstance(self.m, int) or (own and not gradient_pass.descends)
 
-    def refresh(self, inputs: Any) -> Balance | None:
+    def refresh(self, inputs: Any) -> Balance | NeuronBalance | None:
         """Find the representative now: discover (once), trace, solve, and with ``"move"`` rescale.
 
         Disturbs neither modes, BatchNorm's statistics (beyond their covariant rescaling), nor the random streams.
@@ -169,7 +169,7 @@ class Watcher(Wrapper):
             )
         return self._refresh(Batch.of(inputs, self.model), None)
 
-    def _refresh(self, batch: Batch, before: Snapshot | None) -> Balance | None:
+    def _refresh(self, batch: Batch, before: Snapshot | None) -> Balance | NeuronBalance | None:
         """The same, in full precision, with the state to go back to if it fails."""
         assert self.model is not None
         with torch.autocast(self.device.type, enabled=False):

@@ -6,8 +6,8 @@ the groups: names, gradients, settings such as ρ, the scales of the representat
 
 from __future__ import annotations
 
-import math
 import weakref
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.optim import Optimizer
 
-from ..balancing import Balance
+from ..balancing import Balance, NeuronBalance
 from ..errors import OptimizerError
-from ..symmetry import ScaleGroup
+from ..symmetry import Group, LogScales, multiply_
 from .distributed import is_sharded
 from .requirements import Rebalance, require_nonnegative, require_real_parameters
 
@@ -77,12 +77,12 @@ class Wrapper(Optimizer):
         return self.representative.rebalance
 
     @property
-    def group(self) -> ScaleGroup | None:
+    def group(self) -> Group | None:
         """The scale group; ``None`` before it is discovered."""
         return self.representative.group
 
     @property
-    def balance(self) -> Balance | None:
+    def balance(self) -> Balance | NeuronBalance | None:
         """What the last refresh found."""
         return self.representative.balance
 
@@ -120,7 +120,7 @@ class Wrapper(Optimizer):
             require_nonnegative(key, entry[key])
         return [float(entry[key]) for entry in self.param_groups for _ in entry["params"]]
 
-    def scales(self, which: Literal["log_scale", "weights", "trace_weights", "pulls"]) -> list[float]:
+    def scales(self, which: Literal["log_scale", "weights", "trace_weights"]) -> list[float]:
         """A field of the balance, per parameter; what an unbalanced optimizer has where there is none.
 
         Args:
@@ -130,10 +130,20 @@ class Wrapper(Optimizer):
             One number per parameter.
         """
         neutral = 1.0 if which in ("weights", "trace_weights") else 0.0
-        if self.balance is None:
+        # (The weights of single units are where they are balanced: each of these is neutral there.)
+        if self.balance is None or isinstance(self.balance, NeuronBalance):
             return [neutral] * len(self.parameters())
         values: dict[str, float] = getattr(self.balance, which)
         return [values.get(name, neutral) for name in self._names]
+
+    def pulls(self) -> list[float | Tensor]:
+        """What multiplies 2 W_p in the regulariser's gradient, per parameter: a number, or one for every row."""
+        if self.balance is None:
+            return [0.0] * len(self.parameters())
+        values: Mapping[str, float | Tensor] = self.balance.pulls
+        found = [values.get(name, 0.0) for name in self._names]
+        pairs = zip(found, self.parameters(), strict=True)
+        return [value.to(p) if isinstance(value, Tensor) else value for value, p in pairs]
 
     def signs(self) -> list[float]:
         """−1 for parameters along whose gradient the base optimizer ascends (``maximize``), else 1."""
@@ -156,16 +166,16 @@ class Wrapper(Optimizer):
         """``.grad`` of each parameter: what the last pass found."""
         return [p.grad for p in self.parameters()]
 
-    def rescale_kept(self, log_scale: dict[str, float]) -> None:
+    def rescale_kept(self, log_scale: Mapping[str, LogScales]) -> None:
         """Move the gradients that are kept along with the weights: by e^{-a}.
 
         Args:
-            log_scale: a, by parameter name.
+            log_scale: a, by parameter name: a number, or terms that broadcast.
         """
         with torch.no_grad():
             for name, grad in zip(self._names, self.kept, strict=False):
                 if grad is not None and log_scale.get(name):
-                    grad.mul_(math.exp(-log_scale[name]))
+                    multiply_(grad, log_scale[name], -1)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; see :meth:`torch.optim.Optimizer.add_param_group`.

@@ -64,7 +64,7 @@ def scale_symmetries(model: nn.Module, example_inputs: Any) -> ScaleGroup:
     with undisturbed(model):
         for mode in ("evaluation", "training"):
             set_training(model, mode == "training")
-            discovery.read(_export(model, batch, mode))
+            discovery.read(exported(model, batch, mode))
     group = discovery.group()
     if not len(group):
         blocked = Counter(o.operation for o in group.opaque)
@@ -89,8 +89,20 @@ class _LogitsAlone(nn.Module):
         return logits_of(self.model(*args, **kwargs))
 
 
-def _export(model: nn.Module, batch: Batch, mode: str) -> ExportedProgram:
-    """The functional graph of the model in its present modes."""
+def exported(model: nn.Module, batch: Batch, mode: str) -> ExportedProgram:
+    """The functional graph of the model in its present modes.
+
+    Args:
+        model: The model.
+        batch: The batch it is called with.
+        mode: The name of the modes, for a message.
+
+    Returns:
+        The program after decomposition, with the logits as only output.
+
+    Raises:
+        SymmetryError: If it cannot be exported.
+    """
     try:
         # Gradients on: without them some modules take a fused path in evaluation mode.
         with warnings.catch_warnings(), torch.enable_grad(), _known_momentum(model):
@@ -157,7 +169,7 @@ class _Discovery:
         moving: set[fx.Node] = set()
         specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
         # What does not reach an output is no part of the function, and its parameters are unused.
-        alive = _ancestors(program.graph)
+        alive = ancestors(program.graph)
         for node in program.graph.nodes:
             if node not in alive:
                 continue
@@ -170,7 +182,7 @@ class _Discovery:
                 if not moving.isdisjoint(node.all_input_nodes):
                     moving.add(node)
                     if reason is not None:
-                        opaque[Opaque(str(node.target), _module_path(node), reason)] += 1
+                        opaque[Opaque(str(node.target), module_path(node), reason)] += 1
             elif node.op == "output":
                 self._read_outputs(node, program)
         self._fix_variances_of_other_uses(alive)
@@ -304,8 +316,15 @@ class _Discovery:
                 self.system.equal(self.scale_of(variance), FIXED)
 
 
-def _ancestors(graph: fx.Graph) -> set[fx.Node]:
-    """The output and everything it depends on."""
+def ancestors(graph: fx.Graph) -> set[fx.Node]:
+    """The output and everything it depends on.
+
+    Args:
+        graph: The graph.
+
+    Returns:
+        Its nodes that are alive.
+    """
     alive: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         if node.op == "output" or not alive.isdisjoint(node.users):
@@ -313,8 +332,15 @@ def _ancestors(graph: fx.Graph) -> set[fx.Node]:
     return alive
 
 
-def _module_path(node: fx.Node) -> str:
-    """Path of the innermost module a node was called in, without the wrapper's prefix."""
+def module_path(node: fx.Node) -> str:
+    """Path of the innermost module a node was called in, without the wrapper's prefix.
+
+    Args:
+        node: The node.
+
+    Returns:
+        The path; empty for the model itself.
+    """
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     path = str(stack[-1][0]) if stack else ""
     return path.removeprefix("model").removeprefix(".")

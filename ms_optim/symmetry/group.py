@@ -111,6 +111,12 @@ class ScaleGroup:
         """G, the number of generators."""
         return self.generators.shape[0]
 
+    @property
+    def moving(self) -> tuple[str, ...]:
+        """The parameters that some element moves."""
+        moves = zip(self.parameters, self.generators.any(0).tolist(), strict=True)
+        return tuple(name for name, moved in moves if moved)
+
     def log_scale(self, t: Element) -> dict[str, float]:
         """a = Bᵀ t, the logarithm of the factor of every parameter.
 
@@ -191,14 +197,14 @@ class ScaleGroup:
         # In-place products to come: a tensor and the factor e^{ka} that it gets.
         products: list[tuple[Tensor, float]] = []
         for name in a:
-            products.append((parameters[name], _factor(name, a[name], parameters[name])))
+            products.append((parameters[name], scale_factor(name, a[name], parameters[name])))
             gradient = parameters[name].grad
             if gradient is not None:
-                products.append((gradient, _factor(f"the gradient of {name}", -a[name], gradient)))
+                products.append((gradient, scale_factor(f"the gradient of {name}", -a[name], gradient)))
         if optimizer is not None:
             for name, key, state, k in moving_state(optimizer, {p: name for name, p in parameters.items()}):
                 if name in a:
-                    products.append((state, _factor(f"{key} of {name}", k * a[name], state)))
+                    products.append((state, scale_factor(f"{key} of {name}", k * a[name], state)))
         statistics = self._moved_statistics(model, self._element(t), clamp)
         buffers = dict(model.named_buffers(remove_duplicate=False))
         with torch.no_grad():
@@ -275,7 +281,7 @@ class ScaleGroup:
             for name, parameter in self._parameters(model).items():
                 unseen = parameter.requires_grad and not bool(parameter.any())
                 before[name] = 0.1 * torch.randn_like(parameter) if unseen else parameter.detach()
-            after = {name: w * _factor(name, a[name], w) for name, w in before.items()}
+            after = {name: w * scale_factor(name, a[name], w) for name, w in before.items()}
             after |= self._moved_statistics(model, element)
             eval_error, dtype = relative_difference(model, batch, before, after, training=False)
             training_error, _ = relative_difference(model, batch, before, after, training=True)
@@ -321,34 +327,11 @@ class ScaleGroup:
 
     def _element(self, t: Element) -> Tensor:
         """Read a group element as float64 ``[G]`` on the CPU, or refuse it."""
-        element = torch.as_tensor(t, dtype=torch.float64).detach().to("cpu", copy=True)
-        if element.shape != (len(self),):
-            raise ValueError(
-                f"t has shape {tuple(element.shape)}, but the group has {len(self)} generators; pass a number for each"
-            )
-        if not bool(element.isfinite().all()):
-            bad = int((~element.isfinite()).sum())
-            raise ValueError(f"t holds {bad} non-finite values of {len(self)}; a group element is finite log-scales")
-        return element
+        return read_element(t, len(self))
 
     def _parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The model's parameters, once they are known to be the group's."""
-        found = dict(model.named_parameters())
-        missing, foreign = set(self.parameters) - found.keys(), found.keys() - set(self.parameters)
-        if missing or foreign:
-            differences = [f"lacks {_shortened(sorted(missing), 3)}"] if missing else []
-            differences += [f"also has {_shortened(sorted(foreign), 3)}"] if foreign else []
-            raise SymmetryError(
-                f"{type(model).__name__} {' and '.join(differences)}, so it is not the model of this group; "
-                "call scale_symmetries(model, example_inputs) again"
-            )
-        for name, shape in zip(self.parameters, self.shapes, strict=False):
-            if found[name].shape != shape:
-                raise SymmetryError(
-                    f"parameter {name} of {type(model).__name__} has shape {tuple(found[name].shape)}, but {shape} in "
-                    "this group; call scale_symmetries(model, example_inputs) again"
-                )
-        return {name: found[name] for name in self.parameters}
+        return model_parameters(model, self.parameters, self.shapes, "scale_symmetries")
 
     def _limits(self, model: nn.Module) -> Iterator[tuple[Statistics, float]]:
         """The smallest log-scale s of each BatchNorm's input: e^{2s} (min v + ε) = ε."""
@@ -377,7 +360,7 @@ class ScaleGroup:
             if s == 0:
                 continue
             mean, variance, eps = buffers[statistics.mean], buffers[statistics.variance], statistics.eps
-            factor = _factor(statistics.variance, 2 * s, variance)
+            factor = scale_factor(statistics.variance, 2 * s, variance)
             # In float64: the variance may be a small difference of e^{2s} (v + ε) and ε.
             grown = (variance.detach().double() + eps) * factor - eps
             lowest = float(grown.min())
@@ -391,8 +374,79 @@ class ScaleGroup:
         return moved
 
 
-def _factor(name: str, a: float, tensor: Tensor) -> float:
-    """e^a, if the tensor's dtype can hold it and its inverse."""
+def read_element(t: Element, size: int) -> Tensor:
+    """Read a group element as float64 on the CPU, or refuse it.
+
+    Args:
+        t: The element.
+        size: How many numbers it has to have.
+
+    Returns:
+        A copy, ``[size]``.
+
+    Raises:
+        ValueError: If it has another shape or is not finite.
+    """
+    element = torch.as_tensor(t, dtype=torch.float64).detach().to("cpu", copy=True)
+    if element.shape != (size,):
+        raise ValueError(
+            f"t has shape {tuple(element.shape)}, but the group has {size} generators; pass a number for each"
+        )
+    if not bool(element.isfinite().all()):
+        bad = int((~element.isfinite()).sum())
+        raise ValueError(f"t holds {bad} non-finite values of {size}; a group element is finite log-scales")
+    return element
+
+
+def model_parameters(
+    model: nn.Module, parameters: Sequence[str], shapes: Sequence[tuple[int, ...]], discovery: str
+) -> dict[str, nn.Parameter]:
+    """The model's parameters, once they are known to be a group's.
+
+    Args:
+        model: The model.
+        parameters: The group's names.
+        shapes: Their shapes; those that are missing are not compared.
+        discovery: The function that finds such a group, for the message.
+
+    Returns:
+        Name → parameter.
+
+    Raises:
+        SymmetryError: If the model has others.
+    """
+    found = dict(model.named_parameters())
+    missing, foreign = set(parameters) - found.keys(), found.keys() - set(parameters)
+    if missing or foreign:
+        differences = [f"lacks {_shortened(sorted(missing), 3)}"] if missing else []
+        differences += [f"also has {_shortened(sorted(foreign), 3)}"] if foreign else []
+        raise SymmetryError(
+            f"{type(model).__name__} {' and '.join(differences)}, so it is not the model of this group; "
+            f"call {discovery}(model, example_inputs) again"
+        )
+    for name, shape in zip(parameters, shapes, strict=False):
+        if found[name].shape != shape:
+            raise SymmetryError(
+                f"parameter {name} of {type(model).__name__} has shape {tuple(found[name].shape)}, but {shape} in "
+                f"this group; call {discovery}(model, example_inputs) again"
+            )
+    return {name: found[name] for name in parameters}
+
+
+def scale_factor(name: str, a: float, tensor: Tensor) -> float:
+    """e^a, if the tensor's dtype can hold it and its inverse.
+
+    Args:
+        name: Of the tensor.
+        a: The log-scale.
+        tensor: What is to be scaled.
+
+    Returns:
+        The factor.
+
+    Raises:
+        SymmetryError: If it leaves the range of the dtype.
+    """
     largest = -math.log(torch.finfo(tensor.dtype).tiny)
     if abs(a) > largest:
         raise SymmetryError(

@@ -66,6 +66,11 @@ class LinearSystem:
         self._solve_first.append(solve_first)
         return LogScale({len(self._solve_first) - 1: Fraction(1)})
 
+    @property
+    def count(self) -> int:
+        """The number of variables."""
+        return len(self._solve_first)
+
     def solution(self, scale: LogScale) -> LogScale:
         """Express a log-scale in variables that are still free.
 
