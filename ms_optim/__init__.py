@@ -1,14 +1,16 @@
 """Sharpness-aware training that does not depend on how a network happens to be scaled.
 
-Symmetry      scale_symmetries, ScaleGroup; of single hidden units: neuron_symmetries, NeuronGroup Curvature
-hessian_trace, hessian_diagonal, LayerTraces, LayerDiagonals Balancing     balance, rebalance_, Balance; of single
-hidden units: balance_neurons, NeuronBalance Sharpness     minimum_sharpness; normalized_sharpness, renyi_sharpness,
-fisher_rao_norm, riemannian_sharpness, sam_sharpness,
-              adaptive_sharpness, bn_invariant_sharpness, pac_bayes_flatness, trace_sharpness, frobenius_sharpness,
-              logdet_sharpness, universal_sharpness with a Member, top_eigenvalue; Sharpness, the type of their values
+Symmetry      scale_symmetries, ScaleGroup; of single hidden units: neuron_symmetries, NeuronGroup
+Curvature     hessian_trace, hessian_diagonal, LayerTraces, LayerDiagonals
+Balancing     balance, rebalance_, Balance; of single hidden units: balance_neurons, NeuronBalance
+Sharpness     minimum_sharpness; normalized_sharpness, renyi_sharpness, fisher_rao_norm, riemannian_sharpness,
+              sam_sharpness, adaptive_sharpness, bn_invariant_sharpness, pac_bayes_flatness, trace_sharpness,
+              frobenius_sharpness, logdet_sharpness, universal_sharpness with a Member, top_eigenvalue; Sharpness, the
+              type of their values
 Optimizers    MSSAM, MSRegularizedSGD; SAM, ASAM, SAMON; SAGM, StableSAM, GSAM, LookSAM, FriendlySAM, TiltedSAM; RSAM;
               TraceSAM, FrobSAM, DetSAM, UniversalSAM; RandomPerturbation; BAR, WEISSI; SharpnessAware
 Checkup       doctor, Diagnosis, Finding: what goes wrong in a training loop without a word
+Command line  ms-optim measure | symmetries | balance | doctor
 Beside        ms_optim.testing (laws for any optimizer), ms_optim.integrations.timm, ms_optim.compat (davda54's SAM)
 Errors        ms_optim.errors
 """
