@@ -154,7 +154,7 @@ def _read(path: Path) -> tuple[Any, dict[str, str]]:
             return torch.load(path, map_location="cpu", weights_only=True), {}
     except pickle.UnpicklingError as error:
         try:
-            foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            foreign = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
         except Exception:  # noqa: BLE001 - not a file of torch.save at all
             raise CommandLineError(f"the checkpoint {path} is not a file of torch.save") from error
         raise CommandLineError(

@@ -87,8 +87,9 @@ class Measurement:
     def __str__(self) -> str:
         """The two tables."""
         exact = all(layer.standard_error == 0 for layer in self.layers)
-        how = "exact" if exact else f"{self.traces.backpropagations:.4g} columns per sample, some of them signed"
-        parts = [f"data: {self.data}; {self.traces.samples:,} samples, traces {how}", self._layer_table()]
+        columns = f"{self.traces.backpropagations:.4g} columns per sample"
+        how = f"exact, from {columns}" if exact else f"from {columns}, some of them signed"
+        parts = [f"data: {self.data}\n{self.traces.samples:,} samples, traces {how}", self._layer_table()]
         if self.measures:
             parts.append(self._measure_table())
         parts += [f"note: {note}" for note in self.notes]
@@ -152,7 +153,7 @@ class Measurement:
         parts = {
             name: outcome.value.layers
             for name, outcome in self.measures.items()
-            if outcome.value is not None and not names.isdisjoint(outcome.value.layers)
+            if name != "trace" and outcome.value is not None and not names.isdisjoint(outcome.value.layers)
         }
         header = ["name", "shape", "entries", "kind", "trace", "standard_error", "alpha", "share", *parts]
         rows = [

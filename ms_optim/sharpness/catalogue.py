@@ -189,7 +189,7 @@ _ROWS = (
     Measure(
         "riemannian",
         "riemannian_sharpness",
-        formula="max_ξ |ξᵀ H ξ| / Σ_p ‖ξ_p‖² / ‖W_p‖²",
+        formula="max_ξ |ξᵀ H ξ| / (Σ_p ‖ξ_p‖² / ‖W_p‖²)",
         cost="10 to 40 products with H",
         invariances=_LAYERS,
         source="arXiv 1902.02434",

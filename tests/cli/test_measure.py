@@ -48,7 +48,10 @@ def test_layers_and_measures_are_those_of_the_functions(ms, tmp_path):
     assert content["data"]["samples"] == 40 and content["model"]["parameters"] == 64 * 12 + 12 + 12 * 10 + 10
 
     with (tmp_path / "a.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+        reader = csv.DictReader(file)
+        rows = list(reader)
+    columns = "name shape entries kind trace standard_error alpha share minimum"
+    assert reader.fieldnames == columns.split()
     assert [row["name"] for row in rows] == list(traces)
     assert [float(row["trace"]) for row in rows] == pytest.approx(list(traces.values()), rel=1e-12)
     # A measure with a value for each layer has a column of its own.
