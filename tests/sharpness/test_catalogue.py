@@ -61,3 +61,9 @@ def test_the_table_in_markdown_has_a_row_for_each():
     assert {len(row) for row in cells} == {6}
     assert lines[2].startswith("| `trace_sharpness` | Σ_p c_p")
     assert len(as_markdown(MEASURES.values()).splitlines()) == 2 + len(MEASURES)
+
+
+def test_the_readme_shows_it():
+    from pathlib import Path
+
+    assert as_markdown() in (Path(__file__).parent.parent.parent / "README.md").read_text()
