@@ -124,6 +124,24 @@ def _require_passes(optimizer: SharpnessAware, loop: Loop) -> None:
         )
 
 
+def require_unscaled(closure: Callable[..., Any] | None) -> None:
+    """Refuse a closure that a GradScaler calls.
+
+    Args:
+        closure: The closure, if there is one.
+
+    Raises:
+        OptimizerError: If it is called by a scaler.
+    """
+    if closure is not None and called_by_a_scaler():
+        raise OptimizerError(
+            "a closure was passed through GradScaler.step, which calls it after unscaling, so that its gradients "
+            "would be descended along still multiplied by the loss scale; run `for gradient_pass in "
+            "optimizer.passes(scaler=scaler): with gradient_pass: scaler.scale(loss).backward()`, and then "
+            "scaler.step(optimizer)"
+        )
+
+
 def called_by_a_scaler() -> bool:
     """Whether a GradScaler is a few calls up: hooks, profilers and schedulers are in between."""
     frame: FrameType | None = sys._getframe()

@@ -42,7 +42,7 @@ from ..errors import OptimizerError, UnsupportedError
 from ..symmetry import Group
 from . import checkpoint
 from .binding import Binding
-from .closure import called_by_a_scaler, is_a_scalers, loss_by_loop, loss_by_passes
+from .closure import is_a_scalers, loss_by_loop, loss_by_passes, require_unscaled
 from .copies import Copies
 from .diagnostics import Observer, StepDiagnostics
 from .distributed import GroupChoice, Ranks, mixed_seed
@@ -59,6 +59,7 @@ from .requirements import (
     require_known_base,
     require_model,
     require_one_gradient,
+    require_outside_closures,
     require_own_parameters,
     require_range,
     require_whole_batches,
@@ -390,13 +391,8 @@ class SharpnessAware(Watcher):
                 or the closure does not call the module that is attached.
         """
         loss = None
-        if closure is not None and called_by_a_scaler():
-            raise OptimizerError(
-                "a closure was passed through GradScaler.step, which calls it after unscaling, so that its gradients "
-                "would be descended along still multiplied by the loss scale; run `for gradient_pass in "
-                "optimizer.passes(scaler=scaler): with gradient_pass: scaler.scale(loss).backward()`, and then "
-                "scaler.step(optimizer)"
-            )
+        require_unscaled(closure)
+        require_outside_closures(self)
         loop = self.loop_of_closures if samples is None else None
         if closure is None:
             for begun in (self.loss_loop, self.loop):

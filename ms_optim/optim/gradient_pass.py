@@ -11,7 +11,7 @@ the weights change.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
@@ -69,6 +69,7 @@ class Snapshot:
         self._others = Copies()
         self.rescalings: list[Mapping[str, LogScales]] = []  # of the weights since they were kept, by name
         self._names: list[str] = []
+        self._versions: list[int] = []
         self.keeps_weights = False
         self.keep_buffers()
 
@@ -81,18 +82,42 @@ class Snapshot:
         grads = [p.grad for p in weights if p.grad is not None and not p.grad.is_sparse]
         state = [value for state in states for value in state.values() if isinstance(value, Tensor)]
         self._weights.take(weights)
+        self.note_versions()
         self._others.take(state + kept + grads)
         self._names = list(optimizer.names())
         self.rescalings, self.keeps_weights = [], True
 
-    def put_back_weights(self, taken: Sequence[int]) -> None:
+    def note_versions(self, but: Collection[int] = ()) -> None:
+        """The weights are what was kept, rescaled: know when somebody else writes to them.
+
+        Args:
+            but: The positions of those that are not: somebody has written to them.
+        """
+        self._versions = [-1 if i in but else w._version for i, w in enumerate(self._weights.tensors)]
+
+    def serves(self, taken: Sequence[int]) -> bool:
+        """Whether what was kept before a refresh can give weights back as they are now.
+
+        Args:
+            taken: Their positions among the optimizer's parameters.
+
+        Returns:
+            Whether it was kept, and nobody has written to them since they were rescaled.
+        """
+        weights = self._weights.tensors
+        return self.keeps_weights and all(
+            i < len(weights) and weights[i]._version == self._versions[i] for i in taken
+        )
+
+    def put_back_weights(self, taken: Sequence[int], foreign: Collection[int] = ()) -> None:
         """Make weights again what they were before they were perturbed, after the refresh of this step.
 
         They were kept before that refresh, and a second copy would be as large as the model: the refresh multiplies
         them by numbers, and the same product of the same numbers has the same bits.
 
         Args:
-            taken: Their positions among the optimizer's parameters.
+            taken: Their positions among the optimizer's parameters, for which this :meth:`serves`.
+            foreign: The positions of those that are somebody else's now.
         """
         weights, wanted = self._weights.tensors, set(taken)
         self._weights.put_back([i for i in range(len(weights)) if i not in wanted])
@@ -101,6 +126,7 @@ class Snapshot:
                 for i in taken:
                     if log_scale.get(self._names[i]):
                         multiply_(weights[i], log_scale[self._names[i]])
+        self.note_versions(foreign)
 
     def restore(self) -> None:
         """Put everything back, to the end even if interrupted."""
@@ -189,6 +215,7 @@ class GradientPass:
         self.waits = False
         # What was, its position among the optimizer's parameters, and its version afterwards.
         self._perturbed: list[tuple[Tensor, int, int]] = []
+        self._shares = False  # whether the copy that an exception would need is that of this pass, too
         self._foreign: set[int] | None = None  # those of them that somebody else wrote to in the meantime
         self._norm: DeviceNorm | None = None
         # Known when the optimizer is gone:
@@ -297,7 +324,11 @@ class GradientPass:
         taken = [(i, local(p), d, f) for i, (p, d, f) in enumerate(pairs) if d is not None]
         if taken:
             positions, weights, directions, factors = (list(column) for column in zip(*taken, strict=True))
-            if not self.before.keeps_weights:
+            # (What was kept for an exception has the present weights, but for the rescaling.)
+            self._shares = self.before.serves(positions)
+            if not self._shares:
+                if self.before.keeps_weights:
+                    self._backup = Copies()
                 self._backup.take(weights)
             self._foreign = None
             self._perturbed = [(p, i, -1) for i, p in zip(positions, weights, strict=True)]
@@ -338,9 +369,10 @@ class GradientPass:
             return set()
         if self._foreign is None:  # once: where putting back was interrupted, it was we who wrote
             self._foreign = set() if self.turn.zeroes else self._written_by_others(model)
-        if self.before.keeps_weights:
-            taken = [position for i, (_, position, _) in enumerate(self._perturbed) if i not in self._foreign]
-            self.before.put_back_weights(taken)
+        if self._shares:
+            places = [(position, i in self._foreign) for i, (_, position, _) in enumerate(self._perturbed)]
+            foreign = [position for position, theirs in places if theirs]
+            self.before.put_back_weights([position for position, theirs in places if not theirs], foreign)
         else:
             self._backup.put_back(self._foreign)
         self._weights_changed(model)
@@ -398,7 +430,11 @@ class GradientPass:
         if kind is not None:
             return
         if self._norm is not None:
-            self._norm.check()
+            try:
+                self._norm.check()
+            except BaseException:  # a warning that is an error
+                self.before.restore()
+                raise
         if self.refreshes and optimizer.refresh_due and optimizer.looks_for_its_model:
             optimizer.stop_looking()
         elif self.refreshes and optimizer.refresh_due:

@@ -113,7 +113,9 @@ def _add_scaled_on_device(
         for dtype in dict.fromkeys(directions[i].dtype for i in order[some]):
             taken = [i for i in order[some] if directions[i].dtype == dtype]
             sizes = [directions[i].numel() for i in taken]
-            flat = torch.empty(sum(sizes), dtype=dtype, device=scale.device)
+            # In half precision neither 1 over a norm nor the products need be among the numbers.
+            wide = torch.float32 if dtype in (torch.half, torch.bfloat16) else dtype
+            flat = torch.empty(sum(sizes), dtype=wide, device=scale.device)
             pieces = [
                 piece.view(directions[i].shape) for i, piece in zip(taken, flat.split(sizes), strict=True)
             ]

@@ -171,7 +171,9 @@ class Representative(Part):
         found = found if torch.equal(t, found.t) else found.at(t)
         log_scale = group.log_scale(t)
         group.rescale_(model, t, optimizer.base)
-        before.rescalings.append(log_scale)
+        if before.keeps_weights:
+            before.rescalings.append(log_scale)
+            before.note_versions()
         optimizer.rescale_kept(log_scale)
         return found.moved(), t
 

@@ -120,6 +120,22 @@ def require_one_gradient(name: str, combines: bool) -> None:
         )
 
 
+def require_outside_closures(optimizer: Any) -> None:
+    """Refuse a step inside the closure of another one.
+
+    Args:
+        optimizer: Whose step it is.
+
+    Raises:
+        OptimizerError: If one of its closures is running.
+    """
+    if optimizer.beginnings:
+        raise OptimizerError(
+            f"{type(optimizer).__name__}.step() was called inside the closure that another step() is running; run "
+            "forward and backward only, and leave the step to that one"
+        )
+
+
 def require_known_base(base: Optimizer, rebalance: Rebalance) -> None:
     """Refuse at once what would fail at the first descent, or at the first refresh with state.
 

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from .engine import Plan, SharpnessAware
 from .gradient_pass import Probe
-from .gradients import Gradients, plus, weighted_sum
+from .gradients import Gradients, inner, plus, weighted_sum
 from .noise import deviations, noise
 from .perturbation import Perturbation, Scaled
 from .requirements import require_count, require_nonnegative
@@ -113,6 +113,8 @@ class TiltedSAM(SharpnessAware):
             return
         losses: list[float] = []
         found: list[Gradients] = []
+        overflowed: Gradients | None = None
+        ones = [1.0] * len(rho)
         for _ in range(self.samples):
             drawn: list[list[Tensor | None]] = []
 
@@ -123,6 +125,8 @@ class TiltedSAM(SharpnessAware):
 
             if any(rho):
                 yield Probe(draw)
+                if self.expects_overflow and not math.isfinite(inner(self.gradients(), self.gradients(), ones)):
+                    overflowed = self.held_gradients()  # which the loss scaler is to see in the end
                 step = ascent(self.gradients(), self.scales("weights"), rho, self.expects_overflow)
                 yield shifted(drawn.pop(), step)
             else:
@@ -132,4 +136,4 @@ class TiltedSAM(SharpnessAware):
         total: Gradients = []
         for weight, grads in zip(tilted_weights(losses, self.tilt), found, strict=True):
             total = weighted_sum(total, grads, weight)
-        self.set_gradients(total)
+        self.set_gradients(total if overflowed is None else overflowed)

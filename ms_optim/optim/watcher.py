@@ -72,6 +72,12 @@ class Watcher(Wrapper):
     _ready: bool
     _measuring: bool
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters; a step that a loop has begun without them begins again. See the base class."""
+        if self._constructed:
+            self.loop.leave()
+        super().add_param_group(param_group)
+
     def held_gradients(self) -> Gradients:
         """:meth:`gradients` to be kept over the next pass: copies where a wrapper may own their memory."""
         return held(self.gradients()) if self.ranks.group is not None else self.gradients()

@@ -41,7 +41,7 @@ def weissi_penalty(weights: Iterable[Tensor], strength: float, sparsity: float) 
     total = torch.zeros(())
     for weight in weights:
         norm = torch.linalg.vector_norm(weight)
-        if weight.dim() >= 2 and float(norm) > 0:
+        if weight.dim() >= 2 and float(norm.detach()) > 0:
             total = total + strength * norm.log() + sparsity * weight.abs().sum() / norm
     return total
 
