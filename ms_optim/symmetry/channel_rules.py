@@ -117,12 +117,13 @@ JOINS = ("cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack")
 WRITES = ("slice_scatter", "select_scatter", "diagonal_scatter")
 
 
-@channel_rule(*MOVEMENT, *JOINS, *WRITES, "constant_pad_nd")
+@channel_rule(*MOVEMENT, *JOINS, *WRITES, "constant_pad_nd", "pad")
 def movement(op: ChannelOperation) -> bool:
     """Entries are moved about, and their labels with them."""
     if op.name in ("view", "view_copy") and "dtype" in op.arguments:
         return False
-    if op.name == "constant_pad_nd" and not fits_any_scale(op.arguments.get("value")):
+    padded, mode = op.name in ("constant_pad_nd", "pad"), op.arguments.get("mode", "constant")
+    if padded and not (mode == "constant" and fits_any_scale(op.arguments.get("value"))):
         return False
 
     def with_labels(node: fx.Node) -> Tensor:
@@ -135,7 +136,7 @@ def movement(op: ChannelOperation) -> bool:
         return known
 
     try:
-        if op.name == "constant_pad_nd":
+        if padded:
             x = with_labels(op.arguments["self"])
             moved: Any = torch.nn.functional.pad(x, op.arguments["pad"], value=ANY)
         else:

@@ -38,7 +38,7 @@ from .labels import ANY, FIXED_LABEL, Labels, compressed
 from .linear_system import FIXED, LinearSystem, LogScale
 from .operation import Operation, is_scalable
 from .rules import COPIES, apply_rule
-from .unit_group import Factor, NeuronGroup, UnitStatistics
+from .unit_group import Factor, NeuronGroup, UnitStatistics, moving_factors
 
 _FIXED = torch.tensor(FIXED_LABEL)
 
@@ -424,7 +424,7 @@ class _Channels:
             shapes=tuple(tuple(parameter.shape) for parameter in self.parameters.values()),
             units=len(units),
             factors={
-                name: tuple(Factor(matrix(labels, sign), shape) for sign, labels, shape in parts)
+                name: moving_factors(Factor(matrix(labels, sign), shape) for sign, labels, shape in parts)
                 for name, parts in scales.items()
             },
             opaque=tuple(self._opaque.elements()),
