@@ -343,6 +343,29 @@ def _contracted(op: ChannelOperation, x: Any, y: Any) -> Tensor | None:
     return op.labels.collapsed(op.labels.total(a, b), [-2]).squeeze(-2)
 
 
+@channel_rule("einsum")
+def einstein_sum(op: ChannelOperation) -> bool:
+    """Σ over some axes of a product of tensors: the sum of their scales is equal along those axes."""
+    equation, tensors = str(op.arguments["equation"]).replace(" ", ""), op.arguments["tensors"]
+    sources, arrow, result = equation.partition("->")
+    operands = sources.split(",")
+    plain = all(letters.isalpha() and len(set(letters)) == len(letters) for letters in operands)
+    if not arrow or not plain or not all(is_moving(tensor) for tensor in tensors):
+        return False
+    order = result + "".join(dict.fromkeys(letter for letter in sources if letter.isalpha() and letter not in result))
+    total = torch.full((1,) * len(order), FIXED_LABEL)
+    for letters, tensor in zip(operands, tensors, strict=True):
+        kept = [letters.index(letter) for letter in order if letter in letters]
+        labels = op.of(tensor).permute(kept)
+        sizes = iter(labels.shape)
+        labels = labels.reshape([next(sizes) if letter in letters else 1 for letter in order])
+        if math.prod(torch.broadcast_shapes(total.shape, labels.shape)) > _LARGEST_PRODUCT:
+            return False
+        total = op.labels.total(total, labels)
+    contracted = range(len(result), len(order))
+    return op.put(op.labels.collapsed(total, contracted).reshape(total.shape[: len(result)]))
+
+
 @channel_rule("scaled_dot_product_attention", "_scaled_dot_product_flash_attention_for_cpu")
 @channel_rule("_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention")
 @channel_rule("_scaled_dot_product_attention_math", "_scaled_dot_product_cudnn_attention")

@@ -254,3 +254,29 @@ def test_a_group_of_the_other_granularity_is_refused():
         ms_optim.minimum_sharpness(model, x, group=ms_optim.neuron_symmetries(model, x))
     with pytest.raises(ValueError, match="granularity must be 'layer' or 'neuron', got 'channel'"):
         ms_optim.minimum_sharpness(model, x, granularity="channel")
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_at_the_representative_the_gradient_of_the_trace_and_the_pulls_is_that_of_the_minimum(normalised):
+    """The envelope theorem: scales need not be differentiated; rows of norm 1 add C_j W_j."""
+    norm = nn.BatchNorm1d(6) if normalised else nn.Identity()
+    model = nn.Sequential(nn.Linear(5, 6, bias=False), norm, nn.LeakyReLU(0.2), nn.Linear(6, 3)).eval()
+    x = torch.randn(16, 5)
+    group = ms_optim.neuron_symmetries(model, x)
+    found = ms_optim.rebalance_(model, x, group=group, granularity="neuron")
+    assert bool(found.scale_free.any()) == normalised
+    weight, direction = model[0].weight, torch.randn(6, 5)
+
+    def at(step):
+        with torch.no_grad():
+            weight.add_(step * direction)
+            trace = sum(float(d.sum()) for d in ms_optim.hessian_diagonal(model, x).values())
+            value = float(ms_optim.minimum_sharpness(model, x, group=group, granularity="neuron"))
+            weight.sub_(step * direction)
+        return trace, value
+
+    up, down = at(1e-4), at(-1e-4)
+    trace, value = ((u - d) / 2e-4 for u, d in zip(up, down, strict=True))
+    pulled = 2 * float((found.pulls["0.weight"] * weight.detach() * direction).sum()) if normalised else 0.0
+    assert trace + pulled == pytest.approx(value, rel=1e-5)
+    assert not normalised or abs(pulled / value) > 1e-2

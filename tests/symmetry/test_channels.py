@@ -177,6 +177,87 @@ def test_what_is_not_understood_is_fixed_and_named():
     group.check(model, torch.randn(4, 5))
 
 
+class Einsum(nn.Module):
+    """Attention of two heads, written as sums over indices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(5, 8), nn.Linear(5, 8), nn.Linear(5, 8)
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, x):
+        q, k, v = (layer(x).unflatten(-1, (2, 4)) for layer in (self.q, self.k, self.v))
+        attention = torch.einsum("nqhd,nkhd->nhqk", q, k).softmax(-1)
+        return self.out(torch.einsum("nhqk,nkhd->nqhd", attention, v).flatten(2).mean(1))
+
+
+class TiedEmbedding(nn.Module):
+    """One table at both ends: rows minus columns on one side, entries on the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.place, self.mix = nn.Embedding(7, 5), nn.Parameter(torch.randn(1, 4, 5)), nn.Linear(5, 5)
+
+    def forward(self, x):
+        return F.relu(self.mix(self.table(x) + self.place)).sum(1) @ self.table.weight.t()
+
+
+class Squeeze(nn.Module):
+    """Channels times gates between 0 and 1, which must not move."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.down, self.up = nn.Conv2d(2, 4, 3), nn.Linear(4, 2), nn.Linear(2, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = F.relu(self.conv(x))
+        gates = torch.sigmoid(self.up(F.relu(self.down(x.mean((2, 3))))))
+        return self.head((x * gates[:, :, None, None]).amax((2, 3)))
+
+
+class WeightNorm(nn.Module):
+    """A weight that is computed from others, row by row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.utils.parametrizations.weight_norm(nn.Linear(5, 6))
+        self.second, self.head = nn.Linear(6, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(F.relu(self.second(F.relu(self.first(x)))))
+
+
+class Positions(nn.Module):
+    """A network over positions between two over channels, as in a mixer: the middle one makes channels equal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mix, self.head = nn.Linear(5, 6), nn.Linear(4, 9), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = F.relu(self.embed(x)).transpose(1, 2)
+        return self.head(F.relu(self.mix(x)).transpose(1, 2).mean(1))
+
+
+@pytest.mark.parametrize(
+    ("build", "inputs", "units"),
+    [
+        (Einsum, lambda: torch.randn(3, 4, 5), 8 + 8),  # q against k, v
+        (TiedEmbedding, lambda: torch.randint(0, 7, (3, 4)), 5),
+        (Squeeze, lambda: images(3), 4 + 2),
+        (WeightNorm, lambda: torch.randn(3, 5), 1 + 1 + 4),  # v, g, the second layer
+        (Positions, lambda: torch.randn(3, 4, 5), 1 + 1),  # all channels, all mixed positions
+    ],
+)
+def test_what_is_used_in_other_ways_keeps_its_function(build, inputs, units):
+    model, x = build(), inputs()
+    group = neuron_symmetries(model, x)
+    for seed in range(3):
+        assert group.check(model, x, generator=torch.Generator().manual_seed(seed)).eval_error < 1e-12
+    assert group.units == units
+
+
 @st.composite
 def random_networks(draw):
     sizes = draw(st.lists(st.integers(2, 6), min_size=3, max_size=5))
