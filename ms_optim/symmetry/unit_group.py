@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from ..batch import Batch
 from ..errors import SymmetryError
-from .group import Check, Element, Opaque, model_parameters, read_element, scale_factor
+from .element import Element, model_parameters, read_element, scale_factor
+from .group import Check, Opaque
 from .invariance import relative_difference, undisturbed
 from .linear_system import FIXED, LinearSystem, LogScale
 from .optimizer_state import moving_state
