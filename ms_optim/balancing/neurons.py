@@ -48,7 +48,9 @@ class NeuronBalance:
         minimum_sharpness: The infimum of the trace over the group, with scale-free units at their pins.
         trace: Σ_p Σ C_p here.
         reached: The trace at t; larger than the minimum where units are dead on one side only.
-        pulls: Parameter name → what multiplies 2 W_p in the regulariser's gradient at the representative.
+        pulls: Parameter name → what multiplies 2 W_p in the regulariser's gradient at the representative: C_j / R_j on
+            the rows of a scale-free unit j. Exact where its rows meet no other unit; else how one pin depends on
+            another is left out.
         scale_free: ``[U]``, the units whose scale is pinned whatever the curvature.
         dead: ``[U]``, the units that have no curvature on one side.
         gauge: κ: 0 for traces, 1 for norms.

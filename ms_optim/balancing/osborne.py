@@ -156,7 +156,8 @@ def minimise(
         if residual < best:
             best, found = residual, t
         near = newton and (residual < 0.3 or sweep >= 100)
-        if best <= tolerance or (stalled > (8 if near else 400) and best < 1e-6):
+        # Near rounding a few steps without progress are enough; far from it sweeps may be slow.
+        if best <= tolerance or stalled > (8 if near and best < 1e-6 else 400):
             break
         step = _newton_step(total, t, weights, a, b) if near else None
         if step is None:

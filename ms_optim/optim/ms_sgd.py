@@ -53,8 +53,8 @@ class MSRegularizedSGD(SharpnessAware):
         strength: λ ≥ 0, in units of loss per trace; 0 is SGD (at the representative).
         gradient: ``"trace"``, ``"noise"`` or ``"antithetic"``.
         rebalance: ``"move"``, ``"metric"``, or ``None``: the plain trace, w = 1.
-        **options: ``model``, ``refresh_every``, ``columns``, ``gauge``, ``group``, ``seed``, ``every`` (see
-            :class:`SharpnessAware`), and arguments of ``torch.optim.SGD``, such as ``weight_decay``.
+        **options: ``model``, ``refresh_every``, ``columns``, ``gauge``, ``granularity``, ``group``, ``seed``, ``every``
+            (see :class:`SharpnessAware`), and arguments of ``torch.optim.SGD``, such as ``weight_decay``.
 
     Raises:
         OptimizerError: If a parameter is not the model's.

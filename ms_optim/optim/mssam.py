@@ -34,8 +34,8 @@ class MSSAM(SharpnessAware):
         rebalance: ``"move"``, ``"metric"``, or ``None`` for plain SAM.
         ascent: ``"gradient"``; or, in one pass, ``"momentum"``: against the base optimizer's momentum, or
             ``"previous"``: along the gradient of the step before.
-        **options: ``model``, ``refresh_every``, ``columns``, ``gauge``, ``group``, ``seed``, ``every``, ``m`` … (see
-            :class:`SharpnessAware`), and the base optimizer's own arguments, such as ``lr``.
+        **options: ``model``, ``refresh_every``, ``columns``, ``gauge``, ``granularity``, ``group``, ``seed``,
+            ``every``, ``m`` … (see :class:`SharpnessAware`), and the base optimizer's own arguments, such as ``lr``.
 
     Raises:
         OptimizerError: If a parameter is not the model's.

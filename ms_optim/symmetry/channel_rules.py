@@ -117,12 +117,13 @@ JOINS = ("cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack")
 WRITES = ("slice_scatter", "select_scatter", "diagonal_scatter")
 
 
-@channel_rule(*MOVEMENT, *JOINS, *WRITES, "constant_pad_nd")
+@channel_rule(*MOVEMENT, *JOINS, *WRITES, "constant_pad_nd", "pad")
 def movement(op: ChannelOperation) -> bool:
     """Entries are moved about, and their labels with them."""
     if op.name in ("view", "view_copy") and "dtype" in op.arguments:
         return False
-    if op.name == "constant_pad_nd" and not fits_any_scale(op.arguments.get("value")):
+    padded, mode = op.name in ("constant_pad_nd", "pad"), op.arguments.get("mode", "constant")
+    if padded and not (mode == "constant" and fits_any_scale(op.arguments.get("value"))):
         return False
 
     def with_labels(node: fx.Node) -> Tensor:
@@ -135,7 +136,7 @@ def movement(op: ChannelOperation) -> bool:
         return known
 
     try:
-        if op.name == "constant_pad_nd":
+        if padded:
             x = with_labels(op.arguments["self"])
             moved: Any = torch.nn.functional.pad(x, op.arguments["pad"], value=ANY)
         else:
@@ -340,6 +341,29 @@ def _contracted(op: ChannelOperation, x: Any, y: Any) -> Tensor | None:
     if math.prod(torch.broadcast_shapes(a.shape, b.shape)) > _LARGEST_PRODUCT:
         return None
     return op.labels.collapsed(op.labels.total(a, b), [-2]).squeeze(-2)
+
+
+@channel_rule("einsum")
+def einstein_sum(op: ChannelOperation) -> bool:
+    """Σ over some axes of a product of tensors: the sum of their scales is equal along those axes."""
+    equation, tensors = str(op.arguments["equation"]).replace(" ", ""), op.arguments["tensors"]
+    sources, arrow, result = equation.partition("->")
+    operands = sources.split(",")
+    plain = all(letters.isalpha() and len(set(letters)) == len(letters) for letters in operands)
+    if not arrow or not plain or not all(is_moving(tensor) for tensor in tensors):
+        return False
+    order = result + "".join(dict.fromkeys(letter for letter in sources if letter.isalpha() and letter not in result))
+    total = torch.full((1,) * len(order), FIXED_LABEL)
+    for letters, tensor in zip(operands, tensors, strict=True):
+        kept = [letters.index(letter) for letter in order if letter in letters]
+        labels = op.of(tensor).permute(kept)
+        sizes = iter(labels.shape)
+        labels = labels.reshape([next(sizes) if letter in letters else 1 for letter in order])
+        if math.prod(torch.broadcast_shapes(total.shape, labels.shape)) > _LARGEST_PRODUCT:
+            return False
+        total = op.labels.total(total, labels)
+    contracted = range(len(result), len(order))
+    return op.put(op.labels.collapsed(total, contracted).reshape(total.shape[: len(result)]))
 
 
 @channel_rule("scaled_dot_product_attention", "_scaled_dot_product_flash_attention_for_cpu")

@@ -1,16 +1,8 @@
 """Discovery, channel by channel: from a model and one batch to the group of its hidden units' scales.
 
 The graphs are those of :func:`ms_optim.scale_symmetries`, read with labels in place of one scale per tensor.  What a
-parameter's labels are depends on its use:
-
-* the weight of a linear map or convolution, ``[out, in / groups, ...]``:  a_ji = s_out,j − s_in,i, rows minus columns,
-  the same at all positions of a kernel;
-* a vector: a label for every entry;
-* another tensor (a table, a position embedding): a label for every index of its last axis (of the second, from four
-  axes on), or of the only axis longer than 1.
-
-Tied parameters and several uses of one: r_j − c_i = r'_j − c'_i for all j and i, that is, r_j − r'_j and c_i − c'_i are
-one number.  Directions that move no parameter are dropped at the end, and every variable that is left is a unit.
+parameter's labels are depends on its use (:mod:`~ms_optim.symmetry.weight_labels`).  Directions that move no parameter
+are dropped at the end, and every variable that is left is a unit.
 """
 
 from __future__ import annotations
@@ -18,8 +10,6 @@ from __future__ import annotations
 import operator
 import warnings
 from collections import Counter
-from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any, cast
 
 import scipy.sparse
@@ -38,7 +28,8 @@ from .labels import ANY, FIXED_LABEL, Labels, compressed
 from .linear_system import FIXED, LinearSystem, LogScale
 from .operation import Operation, is_scalable
 from .rules import COPIES, apply_rule
-from .unit_group import Factor, NeuronGroup, UnitStatistics
+from .unit_group import Factor, NeuronGroup, UnitStatistics, moving_factors
+from .weight_labels import WeightLabels
 
 _FIXED = torch.tensor(FIXED_LABEL)
 
@@ -83,21 +74,6 @@ def neuron_symmetries(model: nn.Module, example_inputs: Any) -> NeuronGroup:
     return group
 
 
-@dataclass
-class _Weight:
-    """How the uses of a parameter see it: rows minus columns, or entry by entry.
-
-    Attributes:
-        rows: Labels ``[shape[0]]``.
-        columns: Labels ``[groups, shape[1]]``; a = row − column.
-        entries: Labels that broadcast to the parameter.
-    """
-
-    rows: Tensor | None = None
-    columns: Tensor | None = None
-    entries: Tensor | None = None
-
-
 class _Channels:
     """The equations of one model on labels; what the rules for tensors ask of a graph is answered here, too."""
 
@@ -105,7 +81,7 @@ class _Channels:
         self.system = LinearSystem()
         self.labels = Labels(self.system)
         self.parameters = dict(model.named_parameters())
-        self._weights = {id(p): _Weight() for p in self.parameters.values()}
+        self.weights = WeightLabels(self.labels, self.parameters.values())
         self._tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
         self._tensors |= dict(model.named_buffers(remove_duplicate=False))
         self._statistics: dict[tuple[int, int], tuple[str, str, float, Tensor]] = {}
@@ -184,7 +160,7 @@ class _Channels:
         if (node, index) not in self._nodes:
             if node in self._views:
                 tensor, transposed = self._views[node]
-                entries = self._entries(tensor)
+                entries = self.weights.entries(tensor)
                 self.put(node, index, entries.T if transposed else entries)
             else:
                 self.put(node, index, self.labels.fresh())
@@ -250,19 +226,9 @@ class _Channels:
         tensor, flipped = self._views.get(node, (None, False))
         if tensor is None:
             return self._weighted_by_entries(node, inputs, outputs, groups, transposed)
-        inputs = self.labels.without_any(inputs)
         count = node.meta["val"].shape[1 if transposed else 0]
-        outputs = self.labels.fresh(count) if outputs is None else self.labels.without_any(outputs)
-        if transposed != flipped:
-            rows, columns = self.labels.multiple(inputs, -1), self.labels.multiple(outputs, -1)[None]
-        else:
-            rows, columns = outputs, inputs.reshape(groups, -1)
-        known = self._weights[id(tensor)]
-        if known.rows is None or known.columns is None:
-            known.rows, known.columns = rows, columns
-        else:
-            self._tie(known.rows, known.columns, rows, columns)
-        return outputs
+        outputs = self.labels.fresh(count) if outputs is None else outputs
+        return self.weights.linear(tensor, inputs, outputs, groups, transposed != flipped)
 
     def _weighted_by_entries(
         self, node: fx.Node, inputs: Tensor, outputs: Tensor | None, groups: int, transposed: bool
@@ -281,36 +247,6 @@ class _Channels:
         found = self.labels.collapsed(total, [2]).reshape(count)
         return found if outputs is None else self.labels.merged([outputs, found])
 
-    def _tie(self, rows: Tensor, columns: Tensor, other_rows: Tensor, other_columns: Tensor) -> None:
-        """r_j − c_i = r'_j − c'_i for all j and i, in every group."""
-        if columns.shape != other_columns.shape:
-            self._still(rows, columns)
-            self._still(other_rows, other_columns)
-            return
-        groups = len(columns)
-        for g in range(groups):
-            pairs = []
-            for one, other in ((rows.reshape(groups, -1), other_rows.reshape(groups, -1)), (columns, other_columns)):
-                pairs += torch.unique(torch.stack([one[g], other[g]], dim=1), dim=0).tolist()
-            differences = [self.labels.expression(a) - self.labels.expression(b) for a, b in pairs]
-            self.system.equal(*differences)
-
-    def _still(self, rows: Tensor, columns: Tensor) -> None:
-        """A weight that does not move: every row's label is every column's, in each group."""
-        per_group = torch.cat([rows.reshape(len(columns), -1), columns], dim=1)
-        self.labels.collapsed(per_group, [1])
-
-    def _entries(self, tensor: Tensor) -> Tensor:
-        """Labels entry by entry of a parameter that is not (only) the weight of a linear map."""
-        known = self._weights[id(tensor)]
-        if known.entries is None:
-            shape = [1] * tensor.ndim
-            long = [axis for axis, size in enumerate(tensor.shape) if size > 1]
-            for axis in long if len(long) == 1 else [1 if tensor.ndim >= 4 else tensor.ndim - 1] if long else []:
-                shape[axis] = tensor.shape[axis]
-            known.entries = self.labels.fresh(*shape)
-        return known.entries
-
     def batch_statistics(self, op: Operation, mean: Any, variance: Any, eps: float, labels: Tensor) -> None:
         """A BatchNorm uses running statistics: they move with its input, if they are buffers; else nothing moves.
 
@@ -321,9 +257,10 @@ class _Channels:
             eps: ε.
             labels: Labels of the input, per channel.
         """
+        labels = self.labels.without_any(labels)
         names = [self._names.get(node, "") for node in (mean, variance)]
         tensors = [self._tensors.get(name) for name in names]
-        if any(tensor is None or id(tensor) in self._weights for tensor in tensors):
+        if any(tensor is None or tensor in self.weights for tensor in tensors):
             self.labels.equal(labels, _FIXED)
             return
         known = self._statistics.setdefault((id(tensors[0]), id(tensors[1])), (names[0], names[1], eps, labels))
@@ -355,7 +292,7 @@ class _Channels:
             name = spec.target.removeprefix("model.")
             tensor = self._tensors[name]
             self._names[node] = name
-            if id(tensor) in self._weights:
+            if tensor in self.weights:
                 self._views[node] = (tensor, False)
                 return True
             if not is_scalable(tensor):
@@ -396,8 +333,8 @@ class _Channels:
         Returns:
             The group of everything that was read.
         """
-        scales = {name: self._factors(parameter) for name, parameter in self.parameters.items()}
-        self._drop_what_moves_nothing([[labels for _, labels, _ in parts] for parts in scales.values() if parts])
+        scales = {name: self.weights.factors(parameter) for name, parameter in self.parameters.items()}
+        self.weights.drop_what_moves_nothing([[labels for _, labels, _ in parts] for parts in scales.values() if parts])
         solutions: dict[int, LogScale] = {}
         units: dict[int, int] = {}
 
@@ -424,7 +361,7 @@ class _Channels:
             shapes=tuple(tuple(parameter.shape) for parameter in self.parameters.values()),
             units=len(units),
             factors={
-                name: tuple(Factor(matrix(labels, sign), shape) for sign, labels, shape in parts)
+                name: moving_factors(Factor(matrix(labels, sign), shape) for sign, labels, shape in parts)
                 for name, parts in scales.items()
             },
             opaque=tuple(self._opaque.elements()),
@@ -434,68 +371,6 @@ class _Channels:
             ),
             inexact_normalizers=self._inexact,
         )
-
-    def _factors(self, parameter: Tensor) -> list[tuple[int, Tensor, tuple[int, ...]]]:
-        """The log-scale of a parameter as a sum of ± labels; none if it does not move."""
-        known, ndim = self._weights[id(parameter)], parameter.ndim
-        if known.entries is not None and known.rows is not None and known.columns is not None:
-            if ndim == 2 and len(known.columns) == 1:
-                columns = self.labels.multiple(known.entries, -1).expand(1, parameter.shape[1])
-                self._tie(known.rows, known.columns, _FIXED.expand(parameter.shape[0]), columns)
-            else:
-                self._still(known.rows, known.columns)
-                self.labels.equal(known.entries, _FIXED)
-        if not parameter.requires_grad:
-            if known.rows is not None and known.columns is not None:
-                self._still(known.rows, known.columns)
-            if known.entries is not None:
-                self.labels.equal(known.entries, _FIXED)
-            return []
-        if known.rows is not None and known.columns is not None:
-            rest = (1,) * (ndim - 2)
-            groups = len(known.columns)
-            columns = known.columns
-            if groups > 1:
-                columns = columns.repeat_interleave(parameter.shape[0] // groups, dim=0)
-            return [(1, known.rows, (parameter.shape[0], 1, *rest)), (-1, columns, (*columns.shape, *rest))]
-        if known.entries is not None:
-            return [(1, known.entries, tuple(known.entries.shape))]
-        return []
-
-    def _drop_what_moves_nothing(self, parameters: list[list[Tensor]]) -> None:
-        """Fix the directions that move activations only, so that every variable left moves a parameter of its own.
-
-        Args:
-            parameters: Of each parameter that moves: labels of its entries, or of its rows and columns.
-        """
-        still = LinearSystem()  # in which no parameter moves
-        for _ in range(self.system.count):
-            still.variable()
-        seen: dict[int, None] = {}
-
-        def stands(one: int, other: int = FIXED_LABEL) -> None:
-            scales = [self.system.solution(self.labels.expression(label)) for label in (one, other)]
-            for scale in scales:
-                seen.update(dict.fromkeys(scale.terms))
-            still.equal(*scales)
-
-        for labels, *columns in parameters:
-            if not columns:
-                for label in labels.unique().tolist():
-                    stands(label)
-                continue
-            # r_j − c_j0, and the differences of columns, span all r_j − c_ji.
-            table = columns[0].expand(len(labels), -1)
-            for pair in torch.stack([labels, table[:, 0]], dim=1).unique(dim=0).tolist():
-                stands(*pair)
-            different = torch.stack([columns[0], columns[0][:, :1].expand_as(columns[0])], dim=-1).reshape(-1, 2)
-            for pair in different.unique(dim=0).tolist():
-                stands(*pair)
-        for variable in seen:
-            scale = LogScale({variable: Fraction(1)})
-            if still.solution(scale).terms.get(variable) == 1:
-                self.system.equal(scale, FIXED)
-
 
 def _is_copy_or_transpose(operation: Operation) -> bool:
     """Whether an operation hands a parameter on as it is, or a matrix transposed."""

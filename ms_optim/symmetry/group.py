@@ -19,7 +19,7 @@ Elements add: t + t' acts as one after the other, −t undoes t.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,11 +30,10 @@ from torch import Tensor, nn
 
 from ..batch import Batch
 from ..errors import SymmetryError
+from .element import Element, model_parameters, read_element, scale_factor, shortened
 from .invariance import relative_difference, undisturbed
 from .linear_system import FIXED, LinearSystem, LogScale, integer_basis
 from .optimizer_state import moving_state
-
-Element = Tensor | np.ndarray | Sequence[float]
 
 # A running variance this far below zero, in units of ε, is the rounding of a variance at its bound.
 _VARIANCE_ROUNDING = 1e-6
@@ -308,11 +307,11 @@ class ScaleGroup:
         lines = [f"ScaleGroup: {len(self)} independent rescalings of {len(self.parameters)} parameters"]
         for g, row in enumerate(self.generators.tolist()):
             moved = [f"{name}^{int(e):+d}" for name, e in zip(self.parameters, row, strict=True) if e]
-            lines.append(f"  t[{g}]: {_shortened(moved, 8)}")
+            lines.append(f"  t[{g}]: {shortened(moved, 8)}")
         moves = self.generators.any(0).tolist()
         fixed = [name for name, free in zip(self.parameters, moves, strict=True) if not free]
         if fixed:
-            lines.append(f"  fixed: {_shortened(fixed, 8)}")
+            lines.append(f"  fixed: {shortened(fixed, 8)}")
         if self.statistics:
             lines.append(f"  running statistics of {len(self.statistics)} BatchNorms move along")
         if self.inexact_normalizers:
@@ -321,7 +320,7 @@ class ScaleGroup:
         for o in self.opaque:
             places.setdefault((o.operation, o.reason), []).append(o.where or "(model)")
         for (operation, reason), where in places.items():
-            modules = _shortened(list(dict.fromkeys(where)), 4)
+            modules = shortened(list(dict.fromkeys(where)), 4)
             lines.append(f"  opaque: {len(where)} x {operation} ({reason}) in {modules}")
         return "\n".join(lines)
 
@@ -374,88 +373,6 @@ class ScaleGroup:
         return moved
 
 
-def read_element(t: Element, size: int) -> Tensor:
-    """Read a group element as float64 on the CPU, or refuse it.
-
-    Args:
-        t: The element.
-        size: How many numbers it has to have.
-
-    Returns:
-        A copy, ``[size]``.
-
-    Raises:
-        ValueError: If it has another shape or is not finite.
-    """
-    element = torch.as_tensor(t, dtype=torch.float64).detach().to("cpu", copy=True)
-    if element.shape != (size,):
-        raise ValueError(
-            f"t has shape {tuple(element.shape)}, but the group has {size} generators; pass a number for each"
-        )
-    if not bool(element.isfinite().all()):
-        bad = int((~element.isfinite()).sum())
-        raise ValueError(f"t holds {bad} non-finite values of {size}; a group element is finite log-scales")
-    return element
-
-
-def model_parameters(
-    model: nn.Module, parameters: Sequence[str], shapes: Sequence[tuple[int, ...]], discovery: str
-) -> dict[str, nn.Parameter]:
-    """The model's parameters, once they are known to be a group's.
-
-    Args:
-        model: The model.
-        parameters: The group's names.
-        shapes: Their shapes; those that are missing are not compared.
-        discovery: The function that finds such a group, for the message.
-
-    Returns:
-        Name → parameter.
-
-    Raises:
-        SymmetryError: If the model has others.
-    """
-    found = dict(model.named_parameters())
-    missing, foreign = set(parameters) - found.keys(), found.keys() - set(parameters)
-    if missing or foreign:
-        differences = [f"lacks {_shortened(sorted(missing), 3)}"] if missing else []
-        differences += [f"also has {_shortened(sorted(foreign), 3)}"] if foreign else []
-        raise SymmetryError(
-            f"{type(model).__name__} {' and '.join(differences)}, so it is not the model of this group; "
-            f"call {discovery}(model, example_inputs) again"
-        )
-    for name, shape in zip(parameters, shapes, strict=False):
-        if found[name].shape != shape:
-            raise SymmetryError(
-                f"parameter {name} of {type(model).__name__} has shape {tuple(found[name].shape)}, but {shape} in "
-                f"this group; call {discovery}(model, example_inputs) again"
-            )
-    return {name: found[name] for name in parameters}
-
-
-def scale_factor(name: str, a: float, tensor: Tensor) -> float:
-    """e^a, if the tensor's dtype can hold it and its inverse.
-
-    Args:
-        name: Of the tensor.
-        a: The log-scale.
-        tensor: What is to be scaled.
-
-    Returns:
-        The factor.
-
-    Raises:
-        SymmetryError: If it leaves the range of the dtype.
-    """
-    largest = -math.log(torch.finfo(tensor.dtype).tiny)
-    if abs(a) > largest:
-        raise SymmetryError(
-            f"{name} ({tensor.dtype}) would be scaled by e^{a:.1f}, beyond what its dtype can hold (e^±{largest:.0f}); "
-            "use a smaller t"
-        )
-    return math.exp(a)
-
-
 def _shortest_step(generators: Tensor, rows: Tensor, missing: Tensor) -> Tensor:
     """The step Δ of least ‖Bᵀ Δ‖² with rows · Δ ≥ missing.
 
@@ -472,7 +389,3 @@ def _shortest_step(generators: Tensor, rows: Tensor, missing: Tensor) -> Tensor:
     r = torch.from_numpy(matrix @ z - target)
     u = -r[:-1] / r[-1]
     return torch.linalg.solve_triangular(cholesky.T, u[:, None], upper=True)[:, 0]
-
-
-def _shortened(names: Sequence[str], length: int) -> str:
-    return " ".join(names[:length]) + (f" … and {len(names) - length} more" if len(names) > length else "")

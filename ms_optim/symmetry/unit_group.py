@@ -13,7 +13,7 @@ is the subgroup in which all units of a layer move alike.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from ..batch import Batch
 from ..errors import SymmetryError
-from .group import Check, Element, Opaque, model_parameters, read_element, scale_factor
+from .element import Element, model_parameters, read_element, scale_factor
+from .group import Check, Opaque
 from .invariance import relative_difference, undisturbed
 from .linear_system import FIXED, LinearSystem, LogScale
 from .optimizer_state import moving_state
@@ -100,7 +101,7 @@ class NeuronGroup:
     @property
     def moving(self) -> tuple[str, ...]:
         """The parameters that some element moves."""
-        return tuple(name for name in self.parameters if any(factor.matrix.nnz for factor in self.factors[name]))
+        return tuple(name for name in self.parameters if self.factors[name])
 
     def terms(self, t: Element) -> dict[str, list[Tensor]]:
         """The terms of every parameter's log-scale, float64; their sum broadcasts to the parameter.
@@ -190,7 +191,7 @@ class NeuronGroup:
             factors={
                 name: ()
                 if name in names
-                else tuple(Factor(_cleaned(factor.matrix @ inclusion), factor.shape) for factor in factors)
+                else moving_factors(Factor(_cleaned(factor.matrix @ inclusion), factor.shape) for factor in factors)
                 for name, factors in self.factors.items()
             },
             statistics=tuple(replace(s, rows=_cleaned(s.rows @ inclusion)) for s in self.statistics),
@@ -385,6 +386,18 @@ class NeuronGroup:
             moved[statistics.variance] = grown.clamp(min=0).to(buffers[statistics.variance])
             moved[statistics.mean] = (mean.detach().cpu().double() * torch.exp(s)).to(mean)
         return moved
+
+
+def moving_factors(factors: Iterable[Factor]) -> tuple[Factor, ...]:
+    """Those that are not zero.
+
+    Args:
+        factors: Of one parameter.
+
+    Returns:
+        What is left.
+    """
+    return tuple(factor for factor in factors if factor.matrix.nnz)
 
 
 def multiply_(tensor: Tensor, terms: LogScales, k: int = 1) -> Tensor:
