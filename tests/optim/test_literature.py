@@ -14,8 +14,8 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 import ms_optim
-from ms_optim.optim.bar import bar_factors, pairs_of
-from ms_optim.optim.weissi import weissi_penalty
+from ms_optim.optim.literature.bar import bar_factors, pairs_of
+from ms_optim.optim.literature.weissi import weissi_penalty
 from ms_optim.sharpness.universal import DETERMINANT, FROBENIUS, TRACE
 
 LR, MOMENTUM, STEPS = 0.05, 0.9, 6

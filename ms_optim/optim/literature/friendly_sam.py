@@ -19,11 +19,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .engine import Plan, SharpnessAware
-from .gradient_pass import Probe
-from .gradients import combined, inner
-from .requirements import require_nonnegative
-from .sam import ascent
+from ..engine import Plan, SharpnessAware
+from ..gradient_pass import Probe
+from ..gradients import combined, inner
+from ..requirements import require_nonnegative
+from ..sam import ascent
 
 
 class FriendlySAM(SharpnessAware):

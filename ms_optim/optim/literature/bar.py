@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..errors import OptimizerError
-from .distributed import local
-from .engine import Plan, SharpnessAware
-from .gradients import inner
-from .requirements import require_nonnegative
+from ...errors import OptimizerError
+from ..distributed import local
+from ..engine import Plan, SharpnessAware
+from ..gradients import inner
+from ..requirements import require_nonnegative
 
 Pair = tuple[Sequence[Tensor], Sequence[Tensor]]
 
@@ -86,7 +86,7 @@ class BAR(SharpnessAware):
         if not self._positions:
             raise OptimizerError(
                 "BAR was given no pairs; pass pairs=[(x, y), ...], the two factors of each LoRA module, say, or "
-                "ms_optim.optim.bar.pairs_of(group, model) for those of a network's scale group"
+                "ms_optim.optim.literature.bar.pairs_of(group, model) for those of a network's scale group"
             )
         self.take_loops()
 

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .asam import filter_norms, tensor_norms
-from .distributed import local
-from .engine import Plan, SharpnessAware
-from .noise import deviations, noise
+from ..asam import filter_norms, tensor_norms
+from ..distributed import local
+from ..engine import Plan, SharpnessAware
+from ..noise import deviations, noise
 
 
 class TraceSAM(SharpnessAware):

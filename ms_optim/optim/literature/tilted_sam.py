@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .engine import Plan, SharpnessAware
-from .gradient_pass import Probe
-from .gradients import Gradients, inner, plus, weighted_sum
-from .noise import deviations, noise
-from .perturbation import Perturbation, Scaled
-from .requirements import require_count, require_nonnegative
-from .sam import ascent
+from ..engine import Plan, SharpnessAware
+from ..gradient_pass import Probe
+from ..gradients import Gradients, inner, plus, weighted_sum
+from ..noise import deviations, noise
+from ..perturbation import Perturbation, Scaled
+from ..requirements import require_count, require_nonnegative
+from ..sam import ascent
 
 
 def tilted_weights(losses: list[float], tilt: float) -> list[float]:

@@ -28,12 +28,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ..errors import NonFiniteWarning
-from ..sharpness.universal import DETERMINANT, FROBENIUS, Member
-from .engine import Plan, SharpnessAware
-from .gradients import Gradients, weighted_sum
-from .noise import deviations, noise
-from .requirements import require_count
+from ...errors import NonFiniteWarning
+from ...sharpness.universal import DETERMINANT, FROBENIUS, Member
+from ..engine import Plan, SharpnessAware
+from ..gradients import Gradients, weighted_sum
+from ..noise import deviations, noise
+from ..requirements import require_count
 
 
 def universal_gradient(

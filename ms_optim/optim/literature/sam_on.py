@@ -18,12 +18,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
-from ..errors import OptimizerError
-from .asam import adaptive_metric
-from .distributed import local
-from .engine import Plan, SharpnessAware
-from .gradient_pass import Probe
-from .sam import Metric, ascent
+from ...errors import OptimizerError
+from ..asam import adaptive_metric
+from ..distributed import local
+from ..engine import Plan, SharpnessAware
+from ..gradient_pass import Probe
+from ..sam import Metric, ascent
 
 _KINDS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .asam import tensor_norms, whole
-from .distributed import local
-from .engine import Plan, SharpnessAware
-from .gradients import plus
+from ..asam import tensor_norms, whole
+from ..distributed import local
+from ..engine import Plan, SharpnessAware
+from ..gradients import plus
 
 
 def weissi_penalty(weights: Iterable[Tensor], strength: float, sparsity: float) -> Tensor:

@@ -23,10 +23,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .engine import Plan, SharpnessAware
-from .gradient_pass import Probe
-from .gradients import Gradients, inner, power_sum
-from .perturbation import Perturbation, Scaled, nothing_finite
+from ..engine import Plan, SharpnessAware
+from ..gradient_pass import Probe
+from ..gradients import Gradients, inner, power_sum
+from ..perturbation import Perturbation, Scaled, nothing_finite
 
 _TINY = 1e-16
 

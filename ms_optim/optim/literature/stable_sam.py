@@ -18,11 +18,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .engine import Plan, SharpnessAware
-from .gradient_pass import Probe
-from .gradients import Gradients, combined, inner
-from .perturbation import Perturbation, Scaled
-from .sam import ascent
+from ..engine import Plan, SharpnessAware
+from ..gradient_pass import Probe
+from ..gradients import Gradients, combined, inner
+from ..perturbation import Perturbation, Scaled
+from ..sam import ascent
 
 
 def stable_ascent(

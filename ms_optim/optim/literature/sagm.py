@@ -18,11 +18,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .engine import Plan, SharpnessAware
-from .gradient_pass import Probe
-from .gradients import Gradients, combined, inner
-from .perturbation import Perturbation, Scaled, nothing_finite
-from .requirements import require_nonnegative
+from ..engine import Plan, SharpnessAware
+from ..gradient_pass import Probe
+from ..gradients import Gradients, combined, inner
+from ..perturbation import Perturbation, Scaled, nothing_finite
+from ..requirements import require_nonnegative
 
 
 def sagm_ascent(
