@@ -14,6 +14,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 import ms_optim
+import ms_optim.models
 from ms_optim.optim.literature.bar import bar_factors, pairs_of
 from ms_optim.optim.literature.weissi import weissi_penalty
 from ms_optim.sharpness.universal import DETERMINANT, FROBENIUS, TRACE
@@ -517,3 +518,50 @@ def test_at_the_representative_equivalent_starts_stay_equivalent(kind, options):
         trained(model, optimizer, doubled())
         functions.append(model(x).detach())
     torch.testing.assert_close(*functions, rtol=1e-8, atol=1e-9)
+
+
+EVERYBODY = [
+    pytest.param(kind, options, id=name)
+    for name, kind, options in [
+        ("ASAM[filter]", ms_optim.ASAM, {"rho": 0.05, "operator": "filter"}),
+        ("ASAM[layer]", ms_optim.ASAM, {"rho": 0.05, "operator": "layer"}),
+        ("SAGM", ms_optim.SAGM, {}),
+        ("StableSAM", ms_optim.StableSAM, {}),
+        ("GSAM", ms_optim.GSAM, {}),
+        ("LookSAM", ms_optim.LookSAM, {"k": 2}),
+        ("FriendlySAM", ms_optim.FriendlySAM, {}),
+        ("TiltedSAM", ms_optim.TiltedSAM, {"samples": 2}),
+        ("RSAM", ms_optim.RSAM, {"rho": 0.05}),
+        ("TraceSAM", ms_optim.TraceSAM, {}),
+        ("RandomPerturbation[layer]", ms_optim.RandomPerturbation, {}),
+        ("RandomPerturbation[filter]", ms_optim.RandomPerturbation, {"scale": "filter"}),
+        ("FrobSAM", ms_optim.FrobSAM, {}),
+        ("DetSAM", ms_optim.DetSAM, {"strength": 0.1}),
+        ("UniversalSAM", ms_optim.UniversalSAM, {"member": FROBENIUS}),
+        ("WEISSI", ms_optim.WEISSI, {}),
+        ("SAMON", ms_optim.SAMON, {}),
+        ("MSSAM[neuron]", ms_optim.MSSAM, {"granularity": "neuron"}),
+        ("MSRegularizedSGD[neuron]", ms_optim.MSRegularizedSGD, {"granularity": "neuron"}),
+    ]
+]
+NETWORKS = {
+    "mlp": lambda: ms_optim.models.MLP([64, 32, 10]),
+    "lenet": ms_optim.models.lenet,
+    "resnet": ms_optim.models.small_resnet,
+}
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize(("kind", "options"), EVERYBODY)
+def test_every_one_of_them_learns_a_batch(network, kind, options):
+    """An MLP, LeNet and a ResNet with BatchNorm; in a few steps the loss on one batch falls."""
+    if kind is ms_optim.SAMON and network != "resnet":
+        pytest.skip("there is no normaliser")
+    torch.manual_seed(0)
+    model = NETWORKS[network]()
+    shape = {"mlp": (64,), "lenet": (1, 28, 28), "resnet": (1, 8, 8)}[network]
+    x, y = torch.randn(8, *shape), torch.arange(8) % 10
+    optimizer = kind(model, lr=0.05, momentum=0.9, **options)
+    losses = [float(optimizer.step(closure_of(model, optimizer, x, y)).detach()) for _ in range(8)]
+    assert losses[-1] < losses[0] - 0.02
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
