@@ -102,6 +102,10 @@ CASES = [
         {"strength": 0.0},
         {"strength": 1e-4, "gradient": "noise", "rebalance": "metric"},
     ),
+]
+
+# Of the literature: driven like the ones above.
+OTHERS = [
     Case("ASAM[filter]", ms_optim.ASAM, 2, {"rho": 0.0}, {"rho": 0.1, "operator": "filter"}),
     Case("ASAM[layer]", ms_optim.ASAM, 2, {"rho": 0.0}, {"rho": 0.1, "operator": "layer"}),
     Case("FriendlySAM", ms_optim.FriendlySAM, 2, {"rho": 0.0}, {"rho": 0.1}),
@@ -134,7 +138,7 @@ COMBINED = [
     Case("FrobSAM[noise,move]", ms_optim.FrobSAM, 3, {"strength": 0.0}, {"strength": 0.01, "rebalance": "move"}),
     Case("DetSAM[noise]", ms_optim.DetSAM, 2, {"strength": 0.0}, {"strength": 0.5}),
 ]
-EVERY = CASES + COMBINED
+EVERY = CASES + OTHERS + COMBINED
 
 
 def mlp() -> nn.Sequential:

@@ -5,13 +5,16 @@ import warnings
 
 import pytest
 import torch
-from cases import CASES, Case, convnet, everything, mlp, same, samples
+from cases import CASES as OWN
+from cases import OTHERS, Case, convnet, everything, mlp, same, samples
 from contract.faults import WithLoss
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 import ms_optim
 from ms_optim.errors import OptimizerError
+
+CASES = OWN + OTHERS
 
 one_pass = pytest.mark.parametrize("case", [case for case in CASES if case.passes == 1], ids=str)
 perturbed = pytest.mark.parametrize(

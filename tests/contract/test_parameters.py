@@ -5,12 +5,15 @@ import copy
 
 import pytest
 import torch
-from cases import CASES, Case, convnet, everything, mlp, same, samples, train
+from cases import CASES as OWN
+from cases import OTHERS, Case, convnet, everything, mlp, same, samples, train
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 import ms_optim
 from ms_optim.errors import NonFiniteWarning, OptimizerError
+
+CASES = OWN + OTHERS
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 gradient_ascents = [c for c in CASES if c.passes == 2 and "noise" not in c.name]

@@ -12,7 +12,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from cases import CASES, Case, mlp, samples, train
+from cases import EVERY, Case, mlp, samples, train
 from torch import nn
 
 import ms_optim
@@ -30,7 +30,7 @@ def divergence(build, model, batches, std, seed=0) -> float:
     return worst
 
 
-moving = [case for case in CASES if "move" in case.name]
+moving = [case for case in EVERY if "move" in case.name]
 
 
 @pytest.mark.parametrize("case", moving, ids=str)

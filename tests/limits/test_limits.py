@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from cases import CASES, Case, convnet, known_group, mlp, same, samples, train
+from cases import EVERY, Case, convnet, known_group, mlp, same, samples, train
 from torch import nn
 
 import ms_optim
@@ -16,7 +16,7 @@ from ms_optim.curvature.weighted import weighted_trace
 cross_entropy = nn.functional.cross_entropy
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", EVERY, ids=str)
 @pytest.mark.parametrize("network", [mlp, convnet])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_switched_off_it_is_the_base_optimizer_bit_for_bit(case: Case, network, momentum):

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from cases import CASES, COMBINED
+from cases import EVERY
 
 import ms_optim
 from ms_optim.optim.catalogue import OPTIMIZERS, as_markdown
@@ -24,7 +24,7 @@ def test_the_readme_shows_it():
     assert as_markdown() in README
 
 
-@pytest.mark.parametrize("case", CASES + COMBINED, ids=str)
+@pytest.mark.parametrize("case", EVERY, ids=str)
 def test_the_number_of_passes_is_the_one_that_a_step_makes(case):
     name = case.kind.__name__
     ascent = case.options.get("ascent")
