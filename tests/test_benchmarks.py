@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,7 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = [
     *("trace_speed", "step_speed", "overhead", "refresh_memory", "paper_efficiency", "diagonal_error"),
     *("peers", "equal_time", "trace_limit", "conformance", pytest.param("trace_growth", marks=pytest.mark.slow)),
+    pytest.param("flat_minima", marks=pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")),
 ]
 
 
