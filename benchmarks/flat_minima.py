@@ -38,9 +38,8 @@ from .two_layer import BIAS, KINDS, NO_BIAS, SIM_BN, SIM_LN, least_trace
 from .xor_training import (
     CONSTRUCTED,
     DIMENSION,
-    GD,
-    MS_SGD,
-    MSSAM,
+    EASED,
+    OPTIMIZERS,
     PROJECTED,
     SAM,
     SAMPLES,
@@ -171,11 +170,11 @@ def body(runs: Sequence[Run]) -> list[str]:
         "| network | flattest generalises, paper | here | SAM generalises, paper | here |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for setting in SETTINGS:
-        if setting.optimizer == SAM:
-            paper = PAPER[setting.kind]
-            cells = (paper[0], flattest_verdict(runs, setting.kind), paper[1], sam_verdict(runs, setting))
-            lines.append(f"| {setting.kind} | {' | '.join(cells)} |")
+    for kind in KINDS:
+        settings = [s for s in SETTINGS if s.kind == kind and s.optimizer in (SAM, PROJECTED, EASED)]
+        found = "; ".join(f"{setting.optimizer}: {sam_verdict(runs, setting)}" for setting in settings)
+        paper = PAPER[kind]
+        lines.append(f"| {kind} | {paper[0]} | {flattest_verdict(runs, kind)} | {paper[1]} | {found} |")
     return lines
 
 
@@ -264,7 +263,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     figure, panels = pyplot.subplots(2, len(KINDS), figsize=(14, 6), sharex="col", squeeze=False)
     for column, kind in enumerate(KINDS):
         upper, lower = panels[0][column], panels[1][column]
-        for optimizer in (GD, SAM, PROJECTED, MSSAM, MS_SGD):
+        for optimizer in OPTIMIZERS:
             for panel, quantity in ((upper, "test_accuracy"), (lower, "trace")):
                 curve = curves(runs, kind, optimizer, quantity)
                 if curve:

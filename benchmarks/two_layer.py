@@ -5,8 +5,8 @@ r"""Two-layer networks on XOR data: outputs, traces, constructed minima, and ste
     Sim-BN     W2 SBN(relu(W1 x + b1)) ,     SBN(h_i)[j] = γ h_i[j] / √(mean_k h_k[j]²), over the training set
     Sim-LN     W2 h / max(‖h‖, 1e-6) ,       h = relu(W1 x + b1)
 
-f is a number, and its loss is (f − y)², without ½.  With x' = (x, 1), u the input of W2 and 1 = [h > 0], the gradient of
-one sample's f is closed-form:
+f is a number, and its loss is (f − y)², without ½.  With x' = (x, 1), u the input of W2 and 1 = [h > 0], the gradient
+of one sample's f is closed-form:
 
     no bias, bias    ‖∂f/∂(W1, b1)‖² = ‖x'‖² Σ_j W2_j² 1_j ,     ‖∂f/∂W2‖² = ‖h‖²
     Sim-LN           ‖x'‖² Σ_j (W2_j − f u_j)² 1_j / ‖h‖² ,       1
