@@ -4,7 +4,7 @@ Repeats the experiment of Wen, Li, Ma, arXiv 2307.11007: x uniform in {−1, 1}^
 width 500, loss (1/n) Σ (f − y)² without ½, error Pr(y f ≤ 0) on 10,000 fresh samples.  Four networks
 (:mod:`benchmarks.two_layer`), full-batch gradient descent with weight decay against 1-SAM (batch 1), learning rates, ρ
 and phases of the paper's Table 2 where it has a row.  A seed draws data, initial weights (PyTorch's default) and the
-order of the samples, the same for all optimizers of a network; an epoch is 100 steps of batch 1, or one full-batch step.
+order of the samples, the same for all optimizers of a network; an epoch is 100 steps of batch 1 or one full-batch step.
 
 The trace is that of the *Gauss-Newton* matrix, (2/n) Σ_i ‖∇f(x_i)‖², exact and in float64 at every point; where all
 samples are fitted it is Tr H.  Training is in float32.  Beside the paper's optimizers:
@@ -127,7 +127,7 @@ def sam_verdict(runs: Sequence[Run], setting: Setting) -> str:
         return "diverged"
     epochs = last[0]["epochs"]
     short = epochs < setting.paper
-    length = f"{epochs:,} epochs, {'the paper has' if short else 'as the paper'}{f' {setting.paper:,}' if short else ''}"
+    length = f"{epochs:,} epochs, " + (f"the paper has {setting.paper:,}" if short else "as the paper")
     accuracy = [100 * run["test_accuracy"] for run in last]
     found = f"{summary(accuracy)} % after {length}"
     if not all(run["train_accuracy"] == 1 for run in last):
@@ -203,8 +203,8 @@ def details(runs: Sequence[Run]) -> list[str]:
         f"can have is 4√(d + 1) = {least_trace(DIMENSION):.2f}. \"Best\" is the largest mean test accuracy on the way. "
         "MS: minimum sharpness, the trace at the balanced representative.",
         "",
-        "| network | optimizer | lr / ρ or λ / batch / decay / epochs (row of the paper's Table 2) | seeds | train loss "
-        "| train accuracy | test accuracy | best | trace | MS |",
+        "| network | optimizer | lr / ρ or λ / batch / decay / epochs (row of the paper's Table 2) | seeds "
+        "| train loss | train accuracy | test accuracy | best | trace | MS |",
         f"| --- | --- | --- |{' --- |' * 7}",
     ]
     rows = [(setting.kind, setting.optimizer, f"{numbers(setting)} ({setting.source})") for setting in SETTINGS]

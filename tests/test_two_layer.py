@@ -1,4 +1,4 @@
-"""The compiled steps of the XOR benchmark are those of autograd and `ms_optim.MSSAM`; its constructed minima are least."""
+"""The compiled steps of the XOR benchmark are autograd's and `ms_optim.MSSAM`'s; the constructed minima are least."""
 
 import math
 import shutil
