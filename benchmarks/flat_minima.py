@@ -14,8 +14,8 @@ samples are fitted it is Tr H.  Training is in float32.  Beside the paper's opti
 * **MSRegularizedSGD**: SGD, batch 1, on (f − y)² + λ · 2‖∇f‖² with λ = ρ²/2 (what 1-SAM adds where it fits), moved
   likewise.  For the two networks without a normaliser.
 
-"Generalises" means a mean test accuracy of at least 99 %, with every training sample on the right side.  Where fewer
-epochs were run than the paper's the table says so, and "no" is not concluded.
+"Yes" means a mean test accuracy of at least 99 %, "nearly" of at least 90 %, with every training sample on the right
+side.  Where fewer epochs were run than the paper's the table says so, and "no" is not concluded.
 
     python -m benchmarks.flat_minima            45 minutes on one core; needs a C compiler
 """
@@ -50,7 +50,7 @@ from .xor_training import (
 )
 
 SEEDS = 5
-GENERALISES = 0.99
+GENERALISES, NEARLY = 99.0, 90.0  # per cent
 # The paper's two last columns: the flattest generalises, SAM generalises.
 PAPER = {NO_BIAS: ("yes", "yes"), BIAS: ("no", "no"), SIM_BN: ("yes", "yes"), SIM_LN: ("no", "yes")}
 
@@ -81,7 +81,7 @@ def measure(scale: str, minutes: float, keep: Callable[[list[Run]], object]) -> 
 
 
 def final(runs: Sequence[Run], kind: str, optimizer: str) -> list[Run]:
-    """The last line of every seed.
+    """Where the training of every seed ended; one that diverged, where it was last seen to be finite.
 
     Args:
         runs: All lines.
@@ -89,9 +89,14 @@ def final(runs: Sequence[Run], kind: str, optimizer: str) -> list[Run]:
         optimizer: The optimizer.
 
     Returns:
-        Lines.
+        Lines, with ``"diverged"``.
     """
-    return [run for run in runs if (run["network"], run["contender"]) == (kind, optimizer) and run.get("last")]
+    found: dict[int, Run] = {}
+    for run in runs:
+        if (run["network"], run["contender"]) == (kind, optimizer):
+            finite = math.isfinite(run["loss"])
+            found[run["round"]] = {**(run if finite else found[run["round"]]), "diverged": not finite}
+    return list(found.values())
 
 
 def summary(values: Sequence[float], digits: int = 1) -> str:
@@ -123,18 +128,20 @@ def sam_verdict(runs: Sequence[Run], setting: Setting) -> str:
     last = final(runs, setting.kind, setting.optimizer)
     if not last:
         return "not run"
-    if not all(math.isfinite(run["loss"]) for run in last):
-        return "diverged"
-    epochs = last[0]["epochs"]
+    epochs = min(run["epochs"] for run in last)
     short = epochs < setting.paper
     length = f"{epochs:,} epochs, " + (f"the paper has {setting.paper:,}" if short else "as the paper")
+    if any(run["diverged"] for run in last):
+        length += "; then diverged"
     accuracy = [100 * run["test_accuracy"] for run in last]
     found = f"{summary(accuracy)} % after {length}"
     if not all(run["train_accuracy"] == 1 for run in last):
         return f"does not fit all samples: {found}"
-    if statistics.fmean(accuracy) >= 100 * GENERALISES:
+    if statistics.fmean(accuracy) >= GENERALISES:
         return f"yes: {found}"
-    return f"not reached: {found}" if short else f"no: {found}"
+    if short:
+        return f"not reached: {found}"
+    return f"{'nearly' if statistics.fmean(accuracy) >= NEARLY else 'no'}: {found}"
 
 
 def flattest_verdict(runs: Sequence[Run], kind: str) -> str:
@@ -214,9 +221,10 @@ def details(runs: Sequence[Run]) -> list[str]:
         if not last:
             continue
         curve = curves(runs, kind, optimizer, "test_accuracy")
+        gone = any(run["diverged"] for run in last)
         cells = [
             *(kind, optimizer, text, str(len(last))),
-            f"{statistics.fmean(run['loss'] for run in last):.2g}",
+            f"{statistics.fmean(run['loss'] for run in last):.2g}{' (then diverged)' if gone else ''}",
             summary([100 * run["train_accuracy"] for run in last]),
             summary([100 * run["test_accuracy"] for run in last]),
             f"{100 * max(curve.values()):.1f} at {max(curve, key=curve.__getitem__):,}" if text else "",
@@ -242,7 +250,7 @@ def curves(runs: Sequence[Run], kind: str, optimizer: str, quantity: str) -> dic
     """
     found: dict[int, list[float]] = {}
     for run in runs:
-        if (run["network"], run["contender"]) == (kind, optimizer):
+        if (run["network"], run["contender"]) == (kind, optimizer) and math.isfinite(run["loss"]):
             found.setdefault(run["epochs"], []).append(run[quantity])
     return {epochs: statistics.fmean(values) for epochs, values in sorted(found.items())}
 

@@ -13,7 +13,7 @@ are looked at once.  The table has the mean ± standard error, and that of the p
 counts if it exceeds two standard errors.  A choice at the edge of its grid is marked.  (Passes per step: SGD, TraceSAM
 1; SAM, ASAM, MSSAM, RSAM, DetSAM 2; FrobSAM 3.  Epochs are equal, not time.)
 
-    MS_OPTIM_DATA=... python -m benchmarks.universal_class     about three hours on two cores
+    MS_OPTIM_DATA=... python -m benchmarks.universal_class     about an hour on two cores (estimated from single steps)
 """
 
 from __future__ import annotations

@@ -304,9 +304,13 @@ def test_a_verdict_concludes_no_more_than_was_run():
     assert short == "not reached: 70.0 ± 0.0 % after 200,000 epochs, the paper has 600,000"
     whole = flat_minima.sam_verdict(lines_of("1-SAM", 0.7, epochs=600_000), bias)
     assert whole == "no: 70.0 ± 0.0 % after 600,000 epochs, as the paper"
+    assert flat_minima.sam_verdict(lines_of("1-SAM", 0.95, epochs=600_000), bias).startswith("nearly: 95.0 ± 0.0 %")
+    assert flat_minima.sam_verdict(lines_of("1-SAM", 0.95), bias).startswith("not reached: 95.0 ± 0.0 %")
     assert flat_minima.sam_verdict(lines_of("1-SAM", 0.995), bias).startswith("yes: 99.5 ± 0.0 %")
     assert flat_minima.sam_verdict(lines_of("1-SAM", 0.995, train=0.99), bias).startswith("does not fit")
-    assert flat_minima.sam_verdict(lines_of("1-SAM", 0.5, loss=math.nan), bias) == "diverged"
+    then = [{**run, "epochs": 200_001, "loss": math.nan} for run in lines_of("1-SAM", 0.7)]
+    gone = flat_minima.sam_verdict(lines_of("1-SAM", 0.7) + then[:1], bias)
+    assert gone == "not reached: 70.0 ± 0.0 % after 200,000 epochs, the paper has 600,000; then diverged"
     assert flat_minima.sam_verdict([], bias) == "not run"
 
 
