@@ -271,11 +271,12 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     figure, panels = pyplot.subplots(2, len(KINDS), figsize=(14, 6), sharex="col", squeeze=False)
     for column, kind in enumerate(KINDS):
         upper, lower = panels[0][column], panels[1][column]
-        for optimizer in OPTIMIZERS:
+        for number, optimizer in enumerate(OPTIMIZERS):
             for panel, quantity in ((upper, "test_accuracy"), (lower, "trace")):
                 curve = curves(runs, kind, optimizer, quantity)
                 if curve:
-                    panel.plot([max(epochs, 0.5) for epochs in curve], list(curve.values()), label=optimizer)
+                    epochs = [max(epoch, 0.5) for epoch in curve]  # the axis is logarithmic
+                    panel.plot(epochs, list(curve.values()), color=f"C{number}", label=optimizer)
         upper.set_title(kind)
         upper.set_ylim(0.45, 1.02)
         lower.set_xscale("log")
