@@ -240,8 +240,8 @@ def details(runs: Sequence[Run]) -> list[str]:
         lines += ["", f"With a bias 1-SAM's test accuracy falls after epoch {peak:,}; the paper's after about 4,000."]
     lines += [
         "",
-        "The bound is 4√(d + 1) |f|, so that a trace below it belongs to |f| < 1. Memorising has f = 0 at fresh samples, "
-        "which counts as an error. With the initial γ = 1 and W2 of PyTorch, ρ = 0.1 moves the output of Sim-BN by "
+        "The bound is 4√(d + 1) |f|, so that a trace below it belongs to |f| < 1. Memorising has f = 0 on all others,"
+        " which counts as an error. With the initial γ = 1 and W2 of PyTorch, ρ = 0.1 moves the output of Sim-BN by "
         "about 2 at the start, and 1-SAM and MSSAM collapse to f = 0; the paper does not say where it starts. MSSAM "
         f"sets (W1, b1) in front of a normaliser to the norm √(2 · {WIDTH}) = {math.sqrt(2 * WIDTH):.1f}, where the "
         "same ρ and learning rate are smaller steps than at the norms that 1-SAM has there.",
