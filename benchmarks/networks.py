@@ -137,14 +137,15 @@ def problem(name: str, full: bool, device: str = "cpu", classes: int = 10, batch
     return model, x.to(device), y.to(device)
 
 
-def mnist(full: bool) -> tuple[Tensor, Tensor]:
-    """MNIST's training images, scaled to [−1, 1] as in the experiments of arXiv 2106.12612.
+def mnist(full: bool, part: str = "train") -> tuple[Tensor, Tensor]:
+    """MNIST's images, scaled to [−1, 1] as in the experiments of arXiv 2106.12612.
 
     Args:
         full: The images, or random ones, 8×8, for a trial without data.
+        part: ``"train"``, or ``"t10k"`` for the test images.
 
     Returns:
-        Images ``[60000, 1, 28, 28]`` and labels.
+        Images ``[60000, 1, 28, 28]``, or 10,000 of them, and labels.
 
     Raises:
         FileNotFoundError: If ``MS_OPTIM_DATA`` does not name a folder with ``MNIST/raw/*-ubyte``.
@@ -153,9 +154,9 @@ def mnist(full: bool) -> tuple[Tensor, Tensor]:
         draw = torch.Generator().manual_seed(0)
         return torch.randn(64, *_SMALL, generator=draw), torch.randint(0, 10, (64,), generator=draw)
     folder = os.environ.get("MS_OPTIM_DATA")
-    if not folder or not (Path(folder) / MNIST / "train-images-idx3-ubyte").is_file():
+    if not folder or not (Path(folder) / MNIST / f"{part}-images-idx3-ubyte").is_file():
         raise FileNotFoundError(
-            f"MS_OPTIM_DATA={folder} must name a folder with {MNIST}/train-images-idx3-ubyte; "
+            f"MS_OPTIM_DATA={folder} must name a folder with {MNIST}/{part}-images-idx3-ubyte; "
             "--scale smoke does without"
         )
 
@@ -163,8 +164,8 @@ def mnist(full: bool) -> tuple[Tensor, Tensor]:
         # bytearray: torch warns about memory that cannot be written
         return torch.frombuffer(bytearray((Path(folder) / MNIST / name).read_bytes()), dtype=torch.uint8)[header:]
 
-    images = read("train-images-idx3-ubyte", 16).reshape(-1, *_GREY)
-    return images.float() / 127.5 - 1, read("train-labels-idx1-ubyte", 8).long()
+    images = read(f"{part}-images-idx3-ubyte", 16).reshape(-1, *_GREY)
+    return images.float() / 127.5 - 1, read(f"{part}-labels-idx1-ubyte", 8).long()
 
 
 def trained(name: str, full: bool, device: str = "cpu", steps: int = 300) -> Problem:

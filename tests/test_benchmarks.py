@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from benchmarks import (
     paper_efficiency,
     sam_peers,
     trace_growth,
+    universal_class,
 )
 from benchmarks.harness import Claim, Summary, evaluate, folder_name, paired, record, verdict
 from benchmarks.memory import lift, peak_above
@@ -29,6 +31,8 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = [
     *("trace_speed", "overhead", "refresh_memory", "paper_efficiency", "diagonal_error"),
     *("peers", "equal_time", "trace_limit", "conformance", pytest.param("trace_growth", marks=pytest.mark.slow)),
+    pytest.param("flat_minima", marks=pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")),
+    pytest.param("universal_class", marks=pytest.mark.skipif(not hasattr(ms_optim, "FrobSAM"), reason="no FrobSAM")),
 ]
 
 
@@ -337,6 +341,45 @@ def test_points_of_the_figure_are_medians_over_the_seeds():
     shared = {"network": "net", "contender": "ours, exact"}
     runs = [{**shared, "round": i, "passes": i, "seconds": 2 * i, "error": 3 * i} for i in (1, 2, 9)]
     assert diagonal_error.points(runs, "net") == [("ours, exact", 2, 4, 6)]
+
+
+def trial(optimizer, setting, held_out):
+    shared = {"network": "20 % label noise", "contender": optimizer, "round": 0, "stage": "tuning", "train": 1.0}
+    return {**shared, "setting": setting, "held_out": held_out}
+
+
+def fresh(optimizer, setting, *accuracies):
+    shared = {"network": "20 % label noise", "contender": optimizer, "stage": "fresh", "setting": setting}
+    return [{**shared, "round": i, "train": 1.0, "held_out": 0.5, "test": a} for i, a in enumerate(accuracies)]
+
+
+def test_settings_are_chosen_on_held_out_images_and_every_optimizer_has_as_many():
+    assert {len(grid) for _, grid in universal_class.GRIDS.values()} == {9}
+    runs = [trial("SAM", {"rho": rho}, found) for rho, found in ((0.1, 0.7), (0.2, 0.9), (0.4, 0.9))]
+    assert universal_class.chosen(runs, "20 % label noise", "SAM") == {"rho": 0.2}
+    assert universal_class.chosen(runs, "a tenth of the data", "SAM") is None
+    assert universal_class.at_edge("SAM", {"rho": 3.2}) and not universal_class.at_edge("SAM", {"rho": 0.2})
+    assert not universal_class.at_edge("SGD", {"weight_decay": 0.0})
+
+
+def test_a_difference_to_sam_is_paired_by_seed_and_counts_beyond_two_standard_errors():
+    runs = fresh("SAM", {"rho": 0.2}, 0.90, 0.80, 0.70) + fresh("RSAM", {"rho": 0.9, "order": 1.2}, 0.91, 0.81, 0.711)
+    page = "\n".join(universal_class.body(runs))
+    assert "| 20 % label noise | SAM | rho = 0.2 | 80.00 ± 5.77 |  | 3 | the reference |" in page
+    chosen = "rho = 0.9, order = 1.2 (edge of its grid)"
+    assert f"| 20 % label noise | RSAM | {chosen} | 81.03 ± 5.74 | +1.03 ± 0.03 | 3 | better |" in page
+    assert universal_class.found_difference(-0.1, 0.06) == "no difference shown"
+    assert universal_class.found_difference(-0.2, 0.06) == "worse"
+
+
+def test_noise_is_in_the_labels_to_train_and_to_choose_on_and_not_in_the_test_set():
+    noisy = universal_class.drawn(universal_class.Problem(10, 1.0, 1), seed=0, full=False)
+    clean = universal_class.drawn(universal_class.Problem(10, 0.0, 1), seed=0, full=False)
+    assert len(noisy.train[0]) == 10 and len(noisy.held_out[0]) == 16
+    for part in ("train", "held_out"):
+        (x, y), (same, other) = getattr(noisy, part), getattr(clean, part)
+        assert torch.equal(x, same) and not torch.equal(y, other)
+    assert torch.equal(noisy.test[1], clean.test[1])
 
 
 def test_the_floor_forms_no_gradient_of_a_weight_and_ours_are_the_reference_traces():

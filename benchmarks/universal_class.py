@@ -1,0 +1,423 @@
+r"""Noisy labels and few data: the universal class of sharpness measures, RSAM and MSSAM beside SAM, tuned alike.
+
+Two settings of Tahmasebi et al., arXiv 2406.03682, at a small scale: MNIST with 20 % of the training labels redrawn,
+and with a tenth of its images, each with the MLP 784-256-10.  It is also a test of the gain of RSAM over SAM that arXiv
+2510.07758 reports (0.2 to 2.6 points), whose ρ and order were chosen on the test images, and SAM's ρ was not.
+
+Protocol: 5,000 training images are held out, *with labels as noisy as the others*, and every optimizer gets the same
+number of trials (nine settings, one seed) to be chosen by accuracy on them: ρ; ρ and λ; ρ and order; of SGD, which has
+nothing else, the weight decay.  Learning rate, momentum, batch, epochs and cosine schedule are the same for all, and so
+is the weight decay of all others.  Then the chosen setting is trained from five fresh seeds, each of which draws the
+images, the noise, the held-out part, the weights and the order, the same for all optimizers, and the 10,000 test images
+are looked at once.  The table has the mean ± standard error, and that of the paired difference to SAM; a difference
+counts if it exceeds two standard errors.  A choice at the edge of its grid is marked.  (Passes per step: SGD, TraceSAM
+1; SAM, ASAM, MSSAM, RSAM, DetSAM 2; FrobSAM 3.  Epochs are equal, not time.)
+
+    MS_OPTIM_DATA=... python -m benchmarks.universal_class     about an hour on two cores (estimated from single steps)
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import multiprocessing
+import os
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import ms_optim
+
+from . import networks
+from .harness import RESULTS, Run, environment, folder_name, record
+
+BASE: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
+BATCH, HELD_OUT = 128, 5_000
+TUNING_SEED, FRESH_SEEDS = 1_000, 5
+Grid = tuple[dict[str, float], ...]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A setting of the paper's.
+
+    Attributes:
+        images: How many of MNIST's training images there are, the held-out ones not counted; ``None``: all others.
+        noise: The share of labels that is redrawn (a tenth of them stays right by chance).
+        epochs: How long is trained.
+    """
+
+    images: int | None
+    noise: float
+    epochs: int
+
+
+PROBLEMS = {"20 % label noise": Problem(None, 0.2, 20), "a tenth of the data": Problem(6_000, 0.0, 60)}
+
+
+def line(name: str, *values: float) -> Grid:
+    """One argument's values.
+
+    Args:
+        name: The argument.
+        *values: In order.
+
+    Returns:
+        Settings.
+    """
+    return tuple({name: value} for value in values)
+
+
+def cross(first: Grid, second: Grid) -> Grid:
+    """All pairs of two arguments' values.
+
+    Args:
+        first: One.
+        second: The other.
+
+    Returns:
+        Settings.
+    """
+    return tuple({**a, **b} for a, b in itertools.product(first, second))
+
+
+def built(name: str) -> Callable[..., torch.optim.Optimizer]:
+    """An optimizer of the package with the base's settings.
+
+    Args:
+        name: Its public name.
+
+    Returns:
+        Takes the model and a setting.
+    """
+    return lambda model, **setting: getattr(ms_optim, name)(model, torch.optim.SGD, **BASE, **setting)
+
+
+def sgd(model: nn.Module, **setting: float) -> torch.optim.Optimizer:
+    """SGD with a weight decay of its own.
+
+    Args:
+        model: The model.
+        **setting: The weight decay.
+
+    Returns:
+        The optimizer.
+    """
+    return torch.optim.SGD(model.parameters(), **{**BASE, **setting})
+
+
+_RADII = (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
+GRIDS: dict[str, tuple[Callable[..., torch.optim.Optimizer], Grid]] = {
+    "SGD": (sgd, line("weight_decay", 0.0, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)),
+    "SAM": (built("SAM"), line("rho", *_RADII)),
+    "ASAM": (built("ASAM"), line("rho", *(5 * rho for rho in _RADII))),
+    "MSSAM": (built("MSSAM"), line("rho", *_RADII)),
+    "TraceSAM": (built("TraceSAM"), line("rho", 0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12)),
+    "FrobSAM": (built("FrobSAM"), cross(line("rho", 0.005, 0.01, 0.03), line("strength", 0.005, 0.05, 0.5))),
+    "DetSAM": (built("DetSAM"), cross(line("rho", 0.01, 0.03, 0.1), line("strength", 0.3, 1.0, 3.0))),
+    "RSAM": (built("RSAM"), cross(line("rho", 0.1, 0.3, 0.9), line("order", 1.05, 1.2, 1.5))),
+}
+
+
+@dataclass(frozen=True)
+class Data:
+    """Images ``[n, 1, 28, 28]`` and labels: to train on, held out, and the test set."""
+
+    train: tuple[Tensor, Tensor]
+    held_out: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+
+
+def drawn(problem: Problem, seed: int, full: bool) -> Data:
+    """What a seed trains on.
+
+    Args:
+        problem: The setting.
+        seed: Draws images, noise and the held-out part.
+        full: MNIST; else random images, for a trial.
+
+    Returns:
+        The data.
+    """
+    (x, y), test = networks.mnist(full), networks.mnist(full, "t10k")
+    draw = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(x), generator=draw)
+    y = y.clone()
+    noisy = torch.rand(len(y), generator=draw) < problem.noise
+    y[noisy] = torch.randint(10, (int(noisy.sum()),), generator=draw)
+    split = min(HELD_OUT, len(x) // 4)
+    held, rest = order[:split], order[split:][: problem.images]
+    return Data((x[rest], y[rest]), (x[held], y[held]), test)
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """The share of images whose largest logit is their label's; 0 where logits are not finite.
+
+    Args:
+        model: The model.
+        x: Images.
+        y: Labels.
+
+    Returns:
+        The share.
+    """
+    logits = model.eval()(x)
+    return float((logits.argmax(1).eq(y) & logits.isfinite().all(1)).double().mean())
+
+
+def trained(job: tuple[str, str, dict[str, float], int, str, bool]) -> Run:
+    """Train once.
+
+    Args:
+        job: Problem, optimizer, setting, seed, stage (``"tuning"`` or ``"fresh"``), and whether at full size.
+
+    Returns:
+        One line. The test images are looked at in the stage ``"fresh"`` alone.
+    """
+    name, optimizer_name, setting, seed, stage, full = job
+    torch.set_num_threads(1)
+    problem = PROBLEMS[name]
+    data = drawn(problem, seed, full)
+    (x, y), pixels = data.train, data.train[0][0].numel()
+    torch.manual_seed(seed)
+    model = ms_optim.models.MLP((pixels, 256 if full else 8, 10))
+    epochs = problem.epochs if full else 2
+    batches = math.ceil(len(x) / BATCH)
+    # RSAM's authors begin with 5 of 200 epochs of plain SGD.
+    late = {"start": max(1, epochs // 40) * batches} if optimizer_name == "RSAM" else {}
+    optimizer = GRIDS[optimizer_name][0](model, **setting, **late)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
+    shuffle = torch.Generator().manual_seed(seed)
+    model.train()
+    for _ in range(epochs):
+        for chosen in torch.randperm(len(x), generator=shuffle).split(BATCH):
+
+            def closure(chosen: Tensor = chosen) -> Tensor:
+                optimizer.zero_grad()
+                loss = F.cross_entropy(model(x[chosen]), y[chosen])
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)  # type: ignore[arg-type]  # torch asks for a float, and documents a tensor
+            schedule.step()
+    found = {"train": data.train, "held_out": data.held_out}
+    if stage == "fresh":
+        found["test"] = data.test
+    shared = {"network": name, "contender": optimizer_name, "round": seed, "stage": stage, "setting": setting}
+    return {**shared, **{part: accuracy(model, *images) for part, images in found.items()}}
+
+
+def chosen(runs: Sequence[Run], problem: str, optimizer: str) -> dict[str, float] | None:
+    """The setting with the largest held-out accuracy; the first of equals.
+
+    Args:
+        runs: All lines.
+        problem: The problem.
+        optimizer: The optimizer.
+
+    Returns:
+        The setting; ``None`` if there was no trial.
+    """
+    mine = [r for r in runs if (r["network"], r["contender"], r["stage"]) == (problem, optimizer, "tuning")]
+    return max(mine, key=lambda run: run["held_out"])["setting"] if mine else None
+
+
+def at_edge(optimizer: str, setting: dict[str, float]) -> bool:
+    """Whether an argument of the setting is the smallest or the largest of its grid.
+
+    Args:
+        optimizer: The optimizer.
+        setting: The setting.
+
+    Returns:
+        Whether it is.
+    """
+    grid = GRIDS[optimizer][1]
+    ends = {name: {f(s[name] for s in grid) for f in (min, max)} for name in setting}
+    # Off is no edge: there is nothing below.
+    return any(value in ends[name] and value != 0 for name, value in setting.items())
+
+
+def middle(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard error.
+
+    Args:
+        values: At least one.
+
+    Returns:
+        Both; the error of one value is NaN.
+    """
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return statistics.fmean(values), error
+
+
+def body(runs: Sequence[Run]) -> list[str]:
+    """Test accuracy with the chosen setting, and the difference to SAM.
+
+    Args:
+        runs: All lines of one run.
+
+    Returns:
+        Lines of Markdown.
+    """
+    lines = [
+        "Test accuracy in per cent, mean ± standard error over fresh seeds; difference to SAM, seed by seed.",
+        "",
+        "| setting | optimizer | chosen on held-out images | test accuracy | difference to SAM | n | verdict |",
+        f"|{' --- |' * 7}",
+    ]
+    for problem, optimizer in itertools.product(PROBLEMS, GRIDS):
+        mine = fresh(runs, problem, optimizer)
+        if not mine:
+            continue
+        setting = next(run["setting"] for run in runs if run["stage"] == "fresh" and key(run) == (problem, optimizer))
+        text = ", ".join(f"{name} = {value:g}" for name, value in setting.items())
+        edge = " (edge of its grid)" if at_edge(optimizer, setting) else ""
+        mean, error = middle(list(mine.values()))
+        sam = fresh(runs, problem, "SAM")
+        pairs = [mine[seed] - sam[seed] for seed in mine if seed in sam]
+        difference, spread = middle(pairs) if pairs else (math.nan, math.nan)
+        word = "the reference" if optimizer == "SAM" else found_difference(difference, spread)
+        apart = "" if optimizer == "SAM" else f"{difference:+.2f} ± {spread:.2f}"
+        cells = (problem, optimizer, text + edge, f"{mean:.2f} ± {error:.2f}", apart, str(len(mine)), word)
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def key(run: Run) -> tuple[str, str]:
+    """Problem and optimizer of a line."""
+    return run["network"], run["contender"]
+
+
+def fresh(runs: Sequence[Run], problem: str, optimizer: str) -> dict[int, float]:
+    """Test accuracy of the chosen setting.
+
+    Args:
+        runs: All lines.
+        problem: The problem.
+        optimizer: The optimizer.
+
+    Returns:
+        Seed → per cent.
+    """
+    mine = [run for run in runs if key(run) == (problem, optimizer) and run["stage"] == "fresh"]
+    return {run["round"]: 100 * run["test"] for run in mine}
+
+
+def found_difference(difference: float, error: float) -> str:
+    """Better, worse, or neither by more than two standard errors.
+
+    Args:
+        difference: Its mean.
+        error: Its standard error.
+
+    Returns:
+        Words.
+    """
+    if not math.isfinite(error) or abs(difference) <= 2 * error:
+        return "no difference shown"
+    return "better" if difference > 0 else "worse"
+
+
+def details(runs: Sequence[Run]) -> list[str]:
+    """All trials.
+
+    Args:
+        runs: All lines of one run.
+
+    Returns:
+        Lines of Markdown.
+    """
+    lines = ["Trials: held-out accuracy (train accuracy), per cent.", ""]
+    lines += ["| setting | optimizer | trials |", "| --- | --- | --- |"]
+    for problem, optimizer in itertools.product(PROBLEMS, GRIDS):
+        cells = [
+            f"{'/'.join(f'{value:g}' for value in run['setting'].values())}: {100 * run['held_out']:.2f} "
+            f"({100 * run['train']:.1f})"
+            for run in runs
+            if key(run) == (problem, optimizer) and run["stage"] == "tuning"
+        ]
+        if cells:
+            lines.append(f"| {problem} | {optimizer} | {'; '.join(cells)} |")
+    return lines
+
+
+def measure(full: bool, workers: int, keep: Callable[[list[Run]], object]) -> list[Run]:
+    """Tune, then train from fresh seeds.
+
+    Args:
+        full: At full size, or a trial.
+        workers: Processes; 0: this one.
+        keep: Is given all lines whenever there are more.
+
+    Returns:
+        The lines.
+    """
+    runs: list[Run] = []
+
+    def take(found: Iterable[Run]) -> None:
+        for run in found:
+            runs.append(run)
+            keep(runs)
+
+    # Not by fork: a process forked after torch has started its threads can hang.
+    with ProcessPoolExecutor(max(1, workers), multiprocessing.get_context("spawn")) as pool:
+        each: Callable[..., Iterable[Run]] = pool.map if workers else map
+        pairs = list(itertools.product(PROBLEMS, GRIDS))
+        trials = [
+            (problem, optimizer, setting, TUNING_SEED, "tuning", full)
+            for problem, optimizer in pairs
+            for setting in (GRIDS[optimizer][1] if full else GRIDS[optimizer][1][:1])
+        ]
+        take(each(trained, trials))
+        final = [
+            (problem, optimizer, chosen(runs, problem, optimizer), seed, "fresh", full)
+            for problem, optimizer in pairs
+            for seed in range(FRESH_SEEDS if full else 2)
+        ]
+        take(each(trained, final))
+    return runs
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """See the module's docstring.
+
+    Args:
+        arguments: Of the command line; ``None``: the process's own.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", choices=["cpu", "smoke"], default="cpu", help="smoke: tiny, to see that it runs")
+    parser.add_argument("--threads", type=int, default=1, help="of torch in this process; workers have one each")
+    parser.add_argument("--workers", type=int, help="processes (default: 2, none for smoke)")
+    parser.add_argument("--out", type=Path, help="folder of results/<claim>/ (default: here for cpu, none for smoke)")
+    options = parser.parse_args(arguments)
+    full = options.scale == "cpu"
+    torch.set_num_threads(options.threads)
+    described = environment(options.threads)
+    out = options.out or (RESULTS if full else None)
+
+    def keep(runs: list[Run]) -> None:
+        described["load_average_after"] = round(os.getloadavg()[0], 2)
+        if out is not None:
+            record(out / "universal_class" / folder_name(described), described, runs)
+
+    workers = options.workers if options.workers is not None else 2 if full else 0
+    runs = measure(full, workers, keep)
+    keep(runs)
+
+    from .render import table  # the renderer imports the scripts, whose tables it prints
+
+    print(table("universal_class", described, runs))
+
+
+if __name__ == "__main__":
+    main()
