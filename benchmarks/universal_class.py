@@ -1,8 +1,9 @@
 r"""Noisy labels and few data: the universal class of sharpness measures, RSAM and MSSAM beside SAM, tuned alike.
 
 Two settings of Tahmasebi et al., arXiv 2406.03682, at a small scale: 10,000 images of MNIST with 20 % of the training
-labels redrawn, for 20 epochs, and a tenth of its images, for 30, each with the MLP 784-256-10.  It is also a test of the gain of RSAM over SAM that arXiv
-2510.07758 reports (0.2 to 2.6 points), whose ρ and order were chosen on the test images, and SAM's ρ was not.
+labels redrawn, for 20 epochs, and a tenth of its images, for 30, each with the MLP 784-256-10.  It is also a test of
+the gain of RSAM over SAM that arXiv 2510.07758 reports (0.2 to 2.6 points), whose ρ and order were chosen on the test
+images, and SAM's ρ was not.
 
 Protocol: 5,000 training images are held out, *with labels as noisy as the others*, and every optimizer gets the same
 number of trials (nine settings, one seed) to be chosen by accuracy on them: ρ; ρ and λ; ρ and order; of SGD, which has
