@@ -59,6 +59,7 @@ from .requirements import (
     require_known_base,
     require_model,
     require_one_gradient,
+    require_one_step_for_all,
     require_outside_closures,
     require_own_parameters,
     require_range,
@@ -109,9 +110,6 @@ class SharpnessAware(Watcher):
             closure itself (LBFGS), or ``"move"`` cannot rescale its state.
         ValueError: If a number is out of its range, or the window of steps never opens.
     """
-
-    #: Whether what is descended along is made of several passes' gradients, which only explicit passes tell apart.
-    combines_passes: bool = False
 
     def __init__(
         self,
@@ -326,6 +324,7 @@ class SharpnessAware(Watcher):
         self._ready = False
         self.batches, self.moved, self.outside, self.kept_next = [], [], [], None
         self.ranks.look_again()
+        require_one_step_for_all(self)
         if self.ranks.group is not None:  # equal on all ranks, whatever was drawn for batches of different sizes
             self.generator.manual_seed(mixed_seed(self.seed, self.steps))
         before = Snapshot(self)

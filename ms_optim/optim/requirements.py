@@ -120,6 +120,22 @@ def require_one_gradient(name: str, combines: bool) -> None:
         )
 
 
+def require_one_step_for_all(optimizer: Any) -> None:
+    """Refuse perturbations for some samples where each rank would then descend along something else.
+
+    Args:
+        optimizer: Whose step begins.
+
+    Raises:
+        UnsupportedError: If it is so.
+    """
+    if optimizer.is_of_all_ranks and optimizer.m != "global" and optimizer.ranks.group is not None:
+        raise UnsupportedError(
+            f"m={optimizer.m!r} leaves gradients or losses on their rank, and {type(optimizer).__name__} descends "
+            "along a combination of them, which would be another one on every rank; use m='global'"
+        )
+
+
 def require_outside_closures(optimizer: Any) -> None:
     """Refuse a step inside the closure of another one.
 

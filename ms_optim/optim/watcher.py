@@ -50,6 +50,11 @@ class Watcher(Wrapper):
         zeroed: Whether the gradients were zeroed.
     """
 
+    #: Whether what is descended along is made of several passes' gradients, which only explicit passes tell apart.
+    combines_passes: bool = False
+    #: Whether what it is made of has to be that of all ranks, lest their weights part.
+    is_of_all_ranks: bool = False
+
     ranks: Ranks
     schedule: Schedule
     m: MicroBatch

@@ -33,13 +33,26 @@ ONE_PASS = {
     "SAM[momentum]": (ms_optim.SAM, {"rho": 0.1, "ascent": "momentum"}),
     "MSSAM[previous]": (ms_optim.MSSAM, {"rho": 0.1, "ascent": "previous", "refresh_every": 2, "columns": None}),
 }
+LITERATURE = {
+    "GSAM": (ms_optim.GSAM, {"rho": 0.1}),
+    "SAGM": (ms_optim.SAGM, {"rho": 0.1}),
+    "LookSAM": (ms_optim.LookSAM, {"rho": 0.1, "k": 2}),
+    "FriendlySAM": (ms_optim.FriendlySAM, {"rho": 0.1}),
+    "RSAM": (ms_optim.RSAM, {"rho": 0.05}),
+    "WEISSI": (ms_optim.WEISSI, {"strength": 0.01, "sparsity": 0.01}),
+}
 RANDOM = {
     "MSReg[noise]": (ms_optim.MSRegularizedSGD, {"strength": 1e-4, "gradient": "noise", "refresh_every": 2}),
     "MSReg[antithetic]": (ms_optim.MSRegularizedSGD, {"strength": 1e-4, "gradient": "antithetic", "refresh_every": 2}),
     "MSReg[trace]": (ms_optim.MSRegularizedSGD, {"strength": 1e-2, "refresh_every": 2}),
     "MSSAM[two columns]": (ms_optim.MSSAM, {"rho": 0.1, "refresh_every": 2}),
 }
-KINDS = {**GRADIENT, **ONE_PASS, **RANDOM}
+NOISY = {
+    "TiltedSAM": (ms_optim.TiltedSAM, {"samples": 2}),
+    "FrobSAM": (ms_optim.FrobSAM, {"rho": 0.05, "strength": 0.1}),
+    "RandomPerturbation": (ms_optim.RandomPerturbation, {}),
+}
+KINDS = {**GRADIENT, **ONE_PASS, **LITERATURE, **RANDOM, **NOISY}
 
 
 def network(normalised=False):
@@ -68,7 +81,7 @@ def known_group(normalised=False):
 
 def build(name, model, **options):
     kind, own = KINDS[name]
-    group = None if kind is ms_optim.SAM or kind is ms_optim.ASAM else known_group()
+    group = known_group() if kind in (ms_optim.MSSAM, ms_optim.MSRegularizedSGD) else None
     return kind(model, **{"lr": 0.05, "momentum": 0.9, "group": group, **own, **options})
 
 
@@ -101,7 +114,10 @@ def by_passes(optimizer, call, data, parts=1, no_sync=contextlib.nullcontext, sa
                 pieces = list(zip(a.chunk(parts), b.chunk(parts), strict=True))
                 for i, (u, v) in enumerate(pieces):
                     with no_sync() if i + 1 < len(pieces) else contextlib.nullcontext():
-                        (cross_entropy(call(u), v) / parts).backward()
+                        loss = cross_entropy(call(u), v) / parts
+                        loss.backward()
+                    known = 0.0 if i == 0 else gradient_pass.loss
+                    gradient_pass.loss = known + loss.detach()
         if clip is not None:
             nn.utils.clip_grad_norm_(optimizer.parameters(), clip)
         optimizer.step()
@@ -318,6 +334,21 @@ def refused_when_sharded(name, rank):
     raise AssertionError("m='local' was taken with sharded weights")
 
 
+def refused_on_each_rank(name, rank):
+    """Where a step is made of several gradients, those of one rank would lead its weights elsewhere."""
+    model = network()
+    call = DistributedDataParallel(model)
+    optimizer = KINDS[name][0](call, lr=0.05, m="local", **KINDS[name][1])
+    before = weights(model)
+    try:
+        by_passes(optimizer, call, batches(rank)[:1])
+    except ms_optim.errors.UnsupportedError as error:
+        assert "m='global'" in str(error)
+    else:
+        raise AssertionError("a step of its own was taken on every rank")
+    return before
+
+
 def resumed(name, rank):
     """Saved and loaded in the middle, a run on two ranks is bitwise the uninterrupted one."""
     found = []
@@ -345,6 +376,7 @@ COMPARED = {
     **{f"averaged {name} {given}": (averaged, (name,), {"given": given})
        for name in (*GRADIENT, *ONE_PASS) for given in ("wrapper", "inside")},
     **{f"accumulated {name}": (averaged, (name,), {"accumulate": True, "by_hand": True}) for name in GRADIENT},
+    **{f"averaged {name}": (averaged, (name,), {"given": "wrapper"}) for name in LITERATURE},
     "clipped MSSAM[move]": (averaged, ("MSSAM[move]",), {"clip": 0.01}),
     **{f"local {name}": (local, (name,), {}) for name in GRADIENT},
     **{f"numbered {name}": (numbered, (name,), {}) for name in GRADIENT},
@@ -361,7 +393,7 @@ COMPARED = {
     "sharded MSSAM[move] AdamW": (sharded, ("MSSAM[move]",), {"base": torch.optim.AdamW}),
 }  # fmt: skip
 TOGETHER = {
-    **{f"averaged {name}": (averaged, (name,), {}) for name in RANDOM},
+    **{f"averaged {name}": (averaged, (name,), {}) for name in (*RANDOM, *NOISY)},
     **{f"unmodified {name}": (unmodified, (name,), {}) for name in ("MSReg[noise]", "MSReg[trace]")},
     **{f"different statistics {name}": (different_statistics, (name,), {}) for name in ("MSSAM[move]", "MSReg[trace]")},
     **{f"uneven {name}": (uneven, (name,), {}) for name in RANDOM},
@@ -369,6 +401,8 @@ TOGETHER = {
     **{f"overflow on one rank {name}": (overflow_on_one_rank, (name,), {}) for name in ("SAM", "MSSAM[metric]")},
     **{f"failing refresh {name}": (failing_refresh, (name,), {}) for name in ("MSSAM[move]", "MSReg[trace]")},
     "unknown wrapper SAM": (unknown_wrapper, ("SAM",), {}),
+    **{f"refused on each rank {name}": (refused_on_each_rank, (name,), {}) for name in ("GSAM", "LookSAM", "FrobSAM")},
+    **{f"resumed {name}": (resumed, (name,), {}) for name in ("LookSAM", "FriendlySAM")},
     "refused when sharded SAM": (refused_when_sharded, ("SAM",), {}),
     **{f"resumed {name}": (resumed, (name,), {}) for name in (*GRADIENT, *ONE_PASS, *RANDOM)},
 }

@@ -67,7 +67,7 @@ class GSAM(SharpnessAware):
     Source: arXiv 2203.08065, Algorithm 1.
     """
 
-    combines_passes = True
+    combines_passes = is_of_all_ranks = True
 
     def __init__(
         self,

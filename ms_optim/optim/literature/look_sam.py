@@ -66,7 +66,7 @@ class LookSAM(SharpnessAware):
     Source: arXiv 2203.02714, Algorithm 1.
     """
 
-    combines_passes = True
+    combines_passes = is_of_all_ranks = True
 
     def __init__(
         self,

@@ -70,7 +70,7 @@ class SAGM(SharpnessAware):
     Source: arXiv 2303.10353, Algorithm 1.
     """
 
-    combines_passes = True
+    combines_passes = is_of_all_ranks = True
 
     def __init__(
         self,

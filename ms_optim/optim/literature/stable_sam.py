@@ -68,7 +68,7 @@ class StableSAM(SharpnessAware):
     Source: arXiv 2401.07250, Algorithm 1.
     """
 
-    combines_passes = True
+    combines_passes = is_of_all_ranks = True
 
     def __init__(
         self,

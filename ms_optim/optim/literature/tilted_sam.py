@@ -87,7 +87,7 @@ class TiltedSAM(SharpnessAware):
     Source: arXiv 2410.22656, eq. 2.
     """
 
-    combines_passes = True
+    combines_passes = is_of_all_ranks = True
 
     def __init__(
         self,

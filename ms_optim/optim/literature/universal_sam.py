@@ -64,7 +64,7 @@ def universal_gradient(
 class _AtRandomPoints(SharpnessAware):
     """What the members have in common: a gradient here, and at n random points."""
 
-    combines_passes = True
+    combines_passes = is_of_all_ranks = True
     member: Member
     samples: int
     unit: bool  # whether d is L_i − L_0, and not over ρ²
