@@ -136,6 +136,7 @@ COMBINED = [
     Case("TiltedSAM[noise]", ms_optim.TiltedSAM, 4, {"rho": 0.0, "sigma": 0.0}, {"rho": 0.1, "samples": 2}),
     Case("FrobSAM[noise]", ms_optim.FrobSAM, 3, {"strength": 0.0}, {"strength": 0.01, "rho": 0.05}),
     Case("FrobSAM[noise,move]", ms_optim.FrobSAM, 3, {"strength": 0.0}, {"strength": 0.01, "rebalance": "move"}),
+    Case("UniversalSAM[noise]", ms_optim.UniversalSAM, 3, {"strength": 0.0}, {"strength": 0.01, "rho": 0.05}),
     Case("DetSAM[noise]", ms_optim.DetSAM, 2, {"strength": 0.0}, {"strength": 0.5}),
 ]
 EVERY = CASES + OTHERS + COMBINED

@@ -27,9 +27,14 @@ class Row:
 
 
 OPTIMIZERS: dict[str, Row] = {
-    "MSSAM": Row("ε_p = ρ w_p g_p / √(Σ w_q ‖g_q‖²), w = α*⁻²", "2", "layers", "2106.12612, 2010.01412"),
+    "MSSAM": Row(
+        "ε_p = ρ w_p g_p / √(Σ w_q ‖g_q‖²), w = α*⁻²", "2", "layers, or single units", "2106.12612, 2010.01412"
+    ),
     "MSRegularizedSGD": Row(
-        "g + λ ∇ min_α Σ c_p / α_p², or the gradient at W + z, z ~ N(0, 2 λ w)", "1", "layers", "2106.12612"
+        "g + λ ∇ min_α Σ c_p / α_p², or the gradient at W + z, z ~ N(0, 2 λ w)",
+        "1",
+        "layers, or single units",
+        "2106.12612",
     ),
     "SAM": Row("ε = ρ g / ‖g‖", "2", "none", "2010.01412"),
     'SAM(ascent="momentum")': Row("ε = −ρ m / ‖m‖, m the base optimizer's momentum", "1", "none", "2401.12033"),

@@ -48,6 +48,17 @@ class Schedule:
                 "count optimizer steps, not epochs or samples"
             )
 
+    def number(self, step: int) -> int:
+        """The number of a step among those with a part of our own.
+
+        Args:
+            step: One of them.
+
+        Returns:
+            From 0.
+        """
+        return (step - self.start) // self.every
+
     def active(self, step: int) -> bool:
         """Whether a step has a part of our own.
 

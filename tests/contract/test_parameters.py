@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 from cases import CASES as OWN
-from cases import OTHERS, Case, convnet, everything, mlp, same, samples, train
+from cases import COMBINED, OTHERS, Case, convnet, everything, mlp, same, samples, train
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -19,7 +19,7 @@ every_case = pytest.mark.parametrize("case", CASES, ids=str)
 gradient_ascents = [c for c in CASES if c.passes == 2 and "noise" not in c.name]
 
 
-@every_case
+@pytest.mark.parametrize("case", CASES + COMBINED, ids=str)
 @pytest.mark.parametrize("network", [mlp, convnet])
 def test_maximising_the_negative_is_minimising(case: Case, network):
     model = network()

@@ -29,7 +29,7 @@ def test_the_number_of_passes_is_the_one_that_a_step_makes(case):
     name = case.kind.__name__
     ascent = case.options.get("ascent")
     row = OPTIMIZERS[f'{name}(ascent="{ascent}")' if ascent and name == "SAM" else name]
-    samples = case.options.get("samples", 2 if name == "FrobSAM" else 1)
+    samples = case.options.get("samples", 2 if name in ("FrobSAM", "UniversalSAM") else 1)
     counted = {"1": 1, "2": 2, "2 s": 2 * samples, "1 + n": 1 + samples, "1 + 1/k": 2}[row.passes]
     one_pass_variant = ascent in ("momentum", "previous")
     two_pass_variant = case.options.get("gradient") == "antithetic"

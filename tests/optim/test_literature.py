@@ -377,6 +377,42 @@ def test_bar_needs_pairs_of_its_own():
         ms_optim.BAR(network(), pairs=[(torch.zeros(2), torch.zeros(2))], lr=LR)
 
 
+def test_bar_leaves_a_pair_with_a_frozen_factor_alone():
+    model = network()
+    model[2].weight.requires_grad_(False)
+    before = [p.detach().clone() for p in (model[0].weight, model[2].weight)]
+    optimizer = ms_optim.BAR(model, strength=1.0, pairs=[(model[0].weight, model[2].weight)], lr=1e-30)
+    trained(model, optimizer, doubled(3))
+    assert torch.equal(before[0], model[0].weight) and torch.equal(before[1], model[2].weight)
+    with pytest.raises(ms_optim.errors.OptimizerError, match="both sides"):
+        ms_optim.BAR(model, pairs=[(model[0].weight, model[0].weight)], lr=LR)
+
+
+def counted(model, optimizer, batches):
+    counts = []
+    for x, y in batches:
+        counts.append(0)
+        for gradient_pass in optimizer.passes():
+            with gradient_pass:
+                cross_entropy(model(x), y).backward()
+            counts[-1] += 1
+        optimizer.step()
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"k": 3}, [2, 1, 1, 2, 1, 1, 2, 1, 1]),
+        ({"k": 2, "every": 2}, [2, 1, 1, 1, 2, 1, 1, 1, 2]),
+        ({"k": 2, "every": 2, "start": 1}, [1, 2, 1, 1, 1, 2, 1, 1, 1]),
+    ],
+)
+def test_look_sam_counts_its_own_steps(options, expected):
+    model = network()
+    assert counted(model, ms_optim.LookSAM(model, rho=0.1, lr=LR, **options), doubled(9)) == expected
+
+
 class Normalized(nn.Module):
     """A normaliser of torch's, one that is none of torch's, and a name that lies."""
 

@@ -56,7 +56,8 @@ class BAR(SharpnessAware):
         model_or_params: The model, or parameters or groups with ``model=`` beside them.
         base: The class of the optimizer that descends.
         strength: a ≥ 0; 0 is the base optimizer. The paper lets it fall to 0 over the run.
-        pairs: Two factors each: a parameter, or several, on either side.
+        pairs: Two factors each: a parameter, or several, on either side. A pair of which one is frozen, or without a
+            gradient in a step, is left alone.
         kind: ``"n"``: by the norms of gradients, ``"o"``: of weights.
         **options: ``model`` and what goes with it (see :class:`SharpnessAware`), and the base optimizer's own
             arguments, such as ``lr``.
@@ -83,6 +84,8 @@ class BAR(SharpnessAware):
         super().__init__(model_or_params, base, {"strength": strength}, **options)
         self.kind = kind
         self._positions = [(self._places(x), self._places(y)) for x, y in pairs]
+        if any(set(x) & set(y) for x, y in self._positions):
+            raise OptimizerError("a pair has the same parameter on both sides, where its two factors would cancel")
         if not self._positions:
             raise OptimizerError(
                 "BAR was given no pairs; pass pairs=[(x, y), ...], the two factors of each LoRA module, say, or "
@@ -94,6 +97,8 @@ class BAR(SharpnessAware):
         """Where the parameters of one side are."""
         places = {id(p): i for i, p in enumerate(self.parameters())}
         side = [side] if isinstance(side, Tensor) else list(side)
+        if len({id(p) for p in side}) < len(side):
+            raise OptimizerError("a side of a pair holds a parameter twice; name each once")
         missing = [tuple(p.shape) for p in side if id(p) not in places]
         if missing or not side:
             raise OptimizerError(f"a pair holds tensors that are not parameters of this optimizer: shapes {missing}")
@@ -113,6 +118,8 @@ class BAR(SharpnessAware):
     def _balance(self, x: list[int], y: list[int]) -> None:
         """One pair."""
         parameters, strength = self.parameters(), self.setting("strength")
+        if any(not parameters[i].requires_grad or parameters[i].grad is None for i in (*x, *y)):
+            return  # (to move only the other one would change the function)
         rates = [float(entry["lr"]) for entry in self.param_groups for _ in entry["params"]]
         source = self.gradients() if self.kind == "n" else [p.detach() for p in parameters]
         norms = []

@@ -54,7 +54,7 @@ class LookSAM(SharpnessAware):
         model_or_params: The model, or parameters or groups with ``model=`` beside them.
         base: The class of the optimizer that descends.
         rho: ρ ≥ 0, the radius; 0 is the base optimizer, in one pass.
-        k: Steps from one with two passes to the next; 1 is SAM.
+        k: Steps from one with two passes to the next, of those with a part of ours (``every``, ``start``); 1 is SAM.
         alpha: α ≥ 0, the weight of the direction that is reused.
         **options: ``model``, ``rebalance`` and what goes with it (see :class:`SharpnessAware`; by default none), and
             the base optimizer's own arguments, such as ``lr``.
@@ -88,7 +88,7 @@ class LookSAM(SharpnessAware):
         rho = self.radii()
         if not any(rho):
             yield None
-        elif self.steps % self.k == 0 or not self.kept:
+        elif self.schedule.number(self.steps) % self.k == 0 or not self.kept:
             yield Probe()
             here, metric = self.held_gradients(), self.scales("weights")
             found = ascent(here, metric, rho, self.expects_overflow)

@@ -133,7 +133,11 @@ class TiltedSAM(SharpnessAware):
                 yield draw
             losses.append(self.loss_found())
             found.append(self.held_gradients())
-        total: Gradients = []
-        for weight, grads in zip(tilted_weights(losses, self.tilt), found, strict=True):
-            total = weighted_sum(total, grads, weight)
-        self.set_gradients(total if overflowed is None else overflowed)
+        signed: dict[float, Gradients] = {}
+        for sign in set(self.signs()):  # where the base optimizer ascends, the objective is −L
+            total: Gradients = []
+            for weight, grads in zip(tilted_weights(losses, sign * self.tilt), found, strict=True):
+                total = weighted_sum(total, grads, weight)
+            signed[sign] = total
+        mixed = [signed[sign][i] for i, sign in enumerate(self.signs())]
+        self.set_gradients(mixed if overflowed is None else overflowed)

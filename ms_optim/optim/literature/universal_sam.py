@@ -86,13 +86,16 @@ class _AtRandomPoints(SharpnessAware):
             there.append(self.held_gradients())
         square = 1.0 if self.unit else max(rho) ** 2
         differences = [(loss - base) / square for loss in losses]
-        slopes = self.member.slopes(differences)
-        if not all(math.isfinite(slope) for slope in slopes) and not self.expects_overflow:  # which a scaler is to see
+        # Where the base optimizer ascends, the objective is −L.
+        signed = {sign: self.member.slopes([sign * d for d in differences]) for sign in sorted(set(self.signs()))}
+        usable = all(math.isfinite(slope) for slopes in signed.values() for slope in slopes)
+        if not usable and not self.expects_overflow:  # which a scaler is to see
             message = "a loss at a random point is not finite, or too large; this step goes on without the penalty"
             warnings.warn(message, NonFiniteWarning, stacklevel=2)
             self.set_gradients(here)
         else:
-            self.set_gradients(universal_gradient(here, there, slopes, strength))
+            found = {sign: universal_gradient(here, there, slopes, strength) for sign, slopes in signed.items()}
+            self.set_gradients([found[sign][i] for i, sign in enumerate(self.signs())])
 
 
 class UniversalSAM(_AtRandomPoints):
