@@ -33,7 +33,9 @@ class Case:
         if settings.get("ascent") == "momentum":
             settings["momentum"] = 0.9  # which it cannot do without
         network = options.get("model", params)
-        if settings.get("rebalance", "move") and isinstance(network, nn.Module):
+        if settings.get("granularity") == "neuron" and isinstance(network, nn.Module):
+            settings["group"] = known_units(network)
+        elif settings.get("rebalance", "move") and isinstance(network, nn.Module):
             settings.setdefault("group", known_group(network))
         return self.kind(params, **settings)
 
@@ -45,10 +47,28 @@ class Case:
     @property
     def perturbs(self) -> bool:
         """Whether its pass is not at the weights themselves."""
-        return "trace" not in self.name and self.kind is not ms_optim.WEISSI
+        return "trace" not in self.name and self.kind not in (ms_optim.WEISSI, BARHere)
 
     def __str__(self) -> str:
         return self.name
+
+
+class SAMONHere(ms_optim.SAMON):
+    """SAM-ON where vectors (gains, offsets, biases) stand for a normaliser's parameters: not every network has one."""
+
+    def _inside(self) -> list[bool]:
+        return [p.dim() < 2 for p in self.parameters()]
+
+
+class BARHere(ms_optim.BAR):
+    """BAR whose pair is the first and the last matrix among its parameters."""
+
+    def __init__(self, params: Any, *args: Any, **options: Any) -> None:
+        given = list(params.parameters()) if isinstance(params, nn.Module) else list(params)
+        flat = [p for entry in given for p in (entry["params"] if isinstance(entry, dict) else [entry])]
+        matrices = [p for p in flat if p.dim() > 1]
+        super().__init__(given if not isinstance(params, nn.Module) else params, *args,
+                         pairs=[(matrices[0], matrices[-1])], **options)
 
 
 CASES = [
@@ -121,6 +141,8 @@ OTHERS = [
         {"rho": 0.0},
         {"rho": 0.05, "scale": "filter"},
     ),
+    Case("SAMON", SAMONHere, 2, {"rho": 0.0}, {"rho": 0.5}),
+    Case("BAR", BARHere, 1, {"strength": 0.0}, {"strength": 0.5}),
     Case("WEISSI", ms_optim.WEISSI, 1, {"strength": 0.0, "sparsity": 0.0}, {"strength": 0.01, "sparsity": 1e-3}),
 ]
 
@@ -140,6 +162,11 @@ COMBINED = [
     Case("DetSAM[noise]", ms_optim.DetSAM, 2, {"strength": 0.0}, {"strength": 0.5}),
 ]
 EVERY = CASES + OTHERS + COMBINED
+# Single hidden units; other tests give groups of layers.
+NEURON = [
+    Case("MSSAM[neuron,move]", ms_optim.MSSAM, 2, {"rho": 0.0}, {"rho": 0.1, "granularity": "neuron", "columns": None}),
+    Case("MSReg[trace,neuron,move]", ms_optim.MSRegularizedSGD, 1, {"strength": 0.0}, {"strength": 0.01, "granularity": "neuron"}),
+]
 
 
 def mlp() -> nn.Sequential:
@@ -168,6 +195,17 @@ def _group(printed: str) -> ms_optim.ScaleGroup:
 def known_group(model: nn.Module) -> ms_optim.ScaleGroup | None:
     """The group of the two networks above, discovered once for all tests; ``None``, to be discovered, for others."""
     return _group(str(model)) if str(model) in (str(mlp()), str(convnet())) else None
+
+
+@functools.cache
+def _units(printed: str) -> ms_optim.NeuronGroup:
+    model = {str(network()): network() for network in (mlp, convnet)}[printed]
+    return ms_optim.neuron_symmetries(model, samples(model, 1)[0])
+
+
+def known_units(model: nn.Module) -> ms_optim.NeuronGroup | None:
+    """The same for single hidden units."""
+    return _units(str(model)) if str(model) in (str(mlp()), str(convnet())) else None
 
 
 def samples(model: nn.Module, count: int, seed: int = 0) -> list[tuple[Tensor, Tensor]]:

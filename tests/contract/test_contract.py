@@ -8,13 +8,15 @@ import pickle
 
 import pytest
 import torch
-from cases import CASES, EVERY, Case, convnet, everything, mlp, same, samples, train
+from cases import CASES, NEURON, Case, convnet, everything, mlp, same, samples, train
+from cases import EVERY as ALL
 from torch import nn
 
 import ms_optim
 from ms_optim.errors import NoEffectWarning, NonFiniteWarning, OptimizerError
 from ms_optim.optim.loop import Loop
 
+EVERY = ALL + NEURON
 every_case = pytest.mark.parametrize("case", EVERY, ids=str)
 balanced_cases = pytest.mark.parametrize("case", [c for c in EVERY if c.rebalances], ids=str)
 every_pass = pytest.mark.parametrize(

@@ -26,7 +26,7 @@ def test_the_readme_shows_it():
 
 @pytest.mark.parametrize("case", EVERY, ids=str)
 def test_the_number_of_passes_is_the_one_that_a_step_makes(case):
-    name = case.kind.__name__
+    name = case.kind.__name__.removesuffix("Here")
     ascent = case.options.get("ascent")
     row = OPTIMIZERS[f'{name}(ascent="{ascent}")' if ascent and name == "SAM" else name]
     samples = case.options.get("samples", 2 if name in ("FrobSAM", "UniversalSAM") else 1)
