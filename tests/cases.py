@@ -165,7 +165,13 @@ EVERY = CASES + OTHERS + COMBINED
 # Single hidden units; other tests give groups of layers.
 NEURON = [
     Case("MSSAM[neuron,move]", ms_optim.MSSAM, 2, {"rho": 0.0}, {"rho": 0.1, "granularity": "neuron", "columns": None}),
-    Case("MSReg[trace,neuron,move]", ms_optim.MSRegularizedSGD, 1, {"strength": 0.0}, {"strength": 0.01, "granularity": "neuron"}),
+    Case(
+        "MSReg[trace,neuron,move]",
+        ms_optim.MSRegularizedSGD,
+        1,
+        {"strength": 0.0},
+        {"strength": 0.01, "granularity": "neuron"},
+    ),
 ]
 
 
