@@ -52,14 +52,14 @@ class WithLoss(nn.Module):
 
 
 def drive(form: str, model: nn.Module, optimizer: Any, x: torch.Tensor, y: torch.Tensor, planted: Planted) -> None:
-    """One step in one of its forms; nothing is planted in the base optimizer's own step."""
-    base_step = type(optimizer.base).step
+    """One step in one of its forms; nothing is planted in the descent itself."""
+    descend = type(optimizer).descend
 
-    def unplanted(*args: Any, **kwargs: Any) -> Any:
+    def unplanted() -> None:
         planted.stopped = True
-        return base_step(optimizer.base, *args, **kwargs)
+        descend(optimizer)
 
-    optimizer.base.step = unplanted
+    optimizer.descend = unplanted
     try:
         with planted:
             if form == "closure":
@@ -113,7 +113,7 @@ def drive(form: str, model: nn.Module, optimizer: Any, x: torch.Tensor, y: torch
                 optimizer.step()
     finally:
         planted.stopped = True
-        del optimizer.base.step
+        del optimizer.descend
 
 
 def forms(case: Case) -> list[str]:

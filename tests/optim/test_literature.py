@@ -388,6 +388,24 @@ def test_bar_leaves_a_pair_with_a_frozen_factor_alone():
         ms_optim.BAR(model, pairs=[(model[0].weight, model[0].weight)], lr=LR)
 
 
+def test_bar_puts_its_factors_back_where_the_second_cannot_be_multiplied(monkeypatch):
+    model = network()
+    optimizer = ms_optim.BAR(model, strength=0.5, pairs=[(model[0].weight, model[2].weight)], lr=LR)
+    before = [p.detach().clone() for p in model.parameters()]
+    calls = []
+
+    def failing(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise MemoryError("planted")
+        return bar_factors(*arguments)
+
+    monkeypatch.setattr("ms_optim.optim.literature.bar.bar_factors", failing)
+    with pytest.raises(MemoryError, match="planted"):
+        trained(model, optimizer, doubled(1))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
 def counted(model, optimizer, batches):
     counts = []
     for x, y in batches:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ...errors import OptimizerError
+from ..copies import to_the_end
 from ..distributed import local
 from ..engine import Plan, SharpnessAware
 from ..gradients import inner
@@ -111,8 +112,14 @@ class BAR(SharpnessAware):
     def descend(self) -> None:
         """Balance the pairs, then the base optimizer's step."""
         if self.active:
-            for x, y in self._positions:
-                self._balance(x, y)
+            parameters = self.parameters()
+            self.backup.take([parameters[i] for i in sorted({i for x, y in self._positions for i in (*x, *y)})])
+            try:
+                for x, y in self._positions:
+                    self._balance(x, y)
+            except BaseException:
+                to_the_end(self.backup.put_back)
+                raise
         super().descend()
 
     def _balance(self, x: list[int], y: list[int]) -> None:
