@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from cases import mlp, samples
+from cases import BARHere, mlp, samples
 from torch import nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
@@ -594,6 +594,7 @@ EVERYBODY = [
         ("UniversalSAM", ms_optim.UniversalSAM, {"member": FROBENIUS}),
         ("WEISSI", ms_optim.WEISSI, {}),
         ("SAMON", ms_optim.SAMON, {}),
+        ("BAR", BARHere, {"strength": 0.1}),
         ("MSSAM[neuron]", ms_optim.MSSAM, {"granularity": "neuron"}),
         ("MSRegularizedSGD[neuron]", ms_optim.MSRegularizedSGD, {"granularity": "neuron"}),
     ]
