@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import OptimizerError, UnsupportedError
-from .distributed import is_sharded, local
+from ..sharpness import adaptive
+from .distributed import is_sharded, local, whole
 from .engine import Plan, SharpnessAware
 from .sam import Ascent, sam_plan, taken_ascent
 
@@ -63,11 +64,6 @@ def adaptive_metric(
         return metric
 
 
-def whole(number: Tensor) -> Tensor:
-    """A reduction over all of a tensor, wherever its parts lie."""
-    return number.full_tensor() if is_sharded([number]) else number  # type: ignore[attr-defined]
-
-
 def tensor_norms(parameters: list[Tensor]) -> list[Tensor]:
     """‖W_p‖ of every parameter, as numbers on its device.
 
@@ -101,9 +97,7 @@ def filter_norms(parameters: list[Tensor]) -> list[Tensor]:
                 f"a parameter of shape {tuple(p.shape)} is sharded along another dimension than its filters "
                 f"({placements}); use operator='elementwise' or 'layer'"
             )
-        part = local(p).detach()
-        inner = tuple(range(1, part.dim()))
-        norms.append(torch.linalg.vector_norm(part, dim=inner, keepdim=True) if inner else part.abs())
+        norms.append(adaptive.metric(local(p).detach(), "filter"))
     return norms
 
 

@@ -173,6 +173,11 @@ def mixed_seed(seed: int, steps: int, index: int = 0) -> int:
     return mixed
 
 
+def whole(number: Tensor) -> Tensor:
+    """A reduction over all of a tensor, wherever its parts lie."""
+    return number.full_tensor() if is_sharded([number]) else number  # type: ignore[attr-defined]
+
+
 def is_sharded(tensors: Iterable[Tensor]) -> bool:
     """Whether a tensor is the part of a larger one.
 

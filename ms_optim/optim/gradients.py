@@ -73,9 +73,7 @@ def combined(x: float, a: Gradients, y: float, b: Gradients) -> Gradients:
     Returns:
         New tensors.
     """
-    with torch.no_grad():
-        scaled = [(None if p is None else p * x, None if q is None else q * y) for p, q in zip(a, b, strict=True)]
-        return [plus(p, q) for p, q in scaled]
+    return weighted_sum(weighted_sum([], a, x), b, y)
 
 
 def held(grads: Gradients) -> Gradients:

@@ -149,62 +149,48 @@ class Representative(Part):
     def _move(
         self, model: nn.Module, batch: Batch, group: Group, before: Snapshot
     ) -> tuple[Balance | NeuronBalance, Tensor]:
-        """Trace, solve, and with ``"move"`` rescale."""
-        if isinstance(group, NeuronGroup):
-            return self._move_units(model, batch, group, before)
+        """Measure, solve, and with ``"move"`` rescale."""
         optimizer, ranks = self.optimizer, self.optimizer.ranks
-        device = optimizer.device
-        with gathered(model):
-            traces = hessian_trace(
-                model,
-                batch,
-                self.columns,
-                statistics="training",
-                generator=optimizer.generator,
-                process_group=ranks.group,
-                max_memory="pass",
-            )
-            found = balance(model, traces, group, self.gauge)
+        found = self._balanced(model, batch, group)
         if self.rebalance != "move":
             return found, found.t
+        device = optimizer.device
         t = ranks.of_first(group.bound(model, found.t, lambda limits: ranks.largest(limits, device)), device)
-        found = found if torch.equal(t, found.t) else found.at(t)
-        log_scale = group.log_scale(t)
+        bounded = not torch.equal(t, found.t)
+        scales: dict[str, LogScales]
+        if isinstance(group, NeuronGroup):
+            assert isinstance(found, NeuronBalance)
+            found = found.at(group, t) if bounded else found
+            scales = {name: list(parts) for name, parts in group.terms(t).items()}
+        else:
+            assert isinstance(found, Balance)
+            found = found.at(t) if bounded else found
+            scales = dict(group.log_scale(t))
         group.rescale_(model, t, optimizer.base)
         if before.keeps_weights:
-            before.rescalings.append(log_scale)
+            before.rescalings.append(scales)
             before.note_versions()
-        optimizer.rescale_kept(log_scale)
+        optimizer.rescale_kept(scales)
         return found.moved(), t
 
-    def _move_units(
-        self, model: nn.Module, batch: Batch, group: NeuronGroup, before: Snapshot
-    ) -> tuple[NeuronBalance, Tensor]:
-        """The same for single hidden units, by the diagonal."""
-        optimizer, ranks = self.optimizer, self.optimizer.ranks
-        if optimizer.sharded:
+    def _balanced(self, model: nn.Module, batch: Batch, group: Group) -> Balance | NeuronBalance:
+        """The balance of a model as it is: of layers by their traces, of single hidden units by the diagonal."""
+        optimizer = self.optimizer
+        if isinstance(group, NeuronGroup) and optimizer.sharded:
             raise UnsupportedError(
                 "granularity='neuron' rescales rows and columns of whole parameters, and these are sharded over ranks; "
                 "use granularity='layer', or DistributedDataParallel"
             )
-        diagonal = hessian_diagonal(
-            model,
-            batch,
-            self.columns,
-            statistics="training",
-            generator=optimizer.generator,
-            process_group=ranks.group,
-            max_memory="pass",
-        )
-        found = balance_neurons(model, diagonal, group, self.gauge)
-        device = optimizer.device
-        t = ranks.of_first(group.bound(model, found.t, lambda limits: ranks.largest(limits, device)), device)
-        found = found if torch.equal(t, found.t) else found.at(group, t)
-        terms: dict[str, LogScales] = {name: list(parts) for name, parts in group.terms(t).items()}
-        group.rescale_(model, t, optimizer.base)
-        before.rescalings.append(terms)
-        optimizer.rescale_kept(terms)
-        return found.moved(), t
+        how: dict[str, Any] = {
+            "statistics": "training",
+            "generator": optimizer.generator,
+            "process_group": optimizer.ranks.group,
+            "max_memory": "pass",
+        }
+        with gathered(model):
+            if isinstance(group, NeuronGroup):
+                return balance_neurons(model, hessian_diagonal(model, batch, self.columns, **how), group, self.gauge)
+            return balance(model, hessian_trace(model, batch, self.columns, **how), group, self.gauge)
 
     def _on_all_ranks(self, reached: bool) -> bool:
         """Whether it is so on every rank: they make the same number of measurements."""

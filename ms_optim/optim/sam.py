@@ -20,7 +20,7 @@ Becker et al., arXiv 2401.12033, Algorithm 1; for the previous gradient the "pre
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from typing import Any, Literal
 
 import torch
@@ -29,8 +29,8 @@ from torch.optim import Optimizer
 
 from .distributed import completed, is_sharded, local
 from .engine import Plan, SharpnessAware
-from .gradient_pass import Probe
-from .perturbation import DeviceNorm, Scaled, nothing_finite
+from .gradient_pass import Probe, Request
+from .perturbation import DeviceNorm, Perturbation, Scaled, nothing_finite
 
 Metric = list[float] | list[Tensor]
 Ascent = Literal["gradient", "momentum", "previous"]
@@ -196,12 +196,32 @@ def sam_plan(optimizer: SharpnessAware, metric: Callable[[], Metric], ascent_alo
         yield None
     elif ascent_along == "gradient":
         yield Probe()
-        found = [ascent(optimizer.gradients(), metric(), rho, quiet=optimizer.expects_overflow)]
-        if found[0] is not None or optimizer.passes_are_fixed:
-            yield found.pop()  # no reference stays here: the second pass reuses the memory of the first one's gradients
+        yield from second_pass(optimizer, [ascent(optimizer.gradients(), metric(), rho, optimizer.expects_overflow)])
     else:
         # A function: after a refresh that is due in this pass, M and the momentum are others.
         yield lambda: _known_before(optimizer, metric, rho, ascent_along)
+
+
+def second_pass(
+    optimizer: SharpnessAware, found: list[Perturbation]
+) -> Generator[Request | Probe, None, bool]:
+    """The part of a plan that asks for a pass at a perturbation, unless there is none to take.
+
+    Args:
+        optimizer: Whose plan it is.
+        found: The perturbation, in a list that nobody else keeps: the pass reuses the memory of the first one's
+            gradients, which are its directions.
+
+    Yields:
+        The perturbation.
+
+    Returns:
+        Whether the pass was taken.
+    """
+    if found[0] is None and not optimizer.passes_are_fixed:
+        return False
+    yield found.pop()
+    return True
 
 
 def _known_before(

@@ -21,9 +21,10 @@ from torch.optim import Optimizer
 
 from ..engine import Plan, SharpnessAware
 from ..gradient_pass import Probe
-from ..gradients import combined, inner
+from ..gradients import combined, inner, weighted_sum
+from ..perturbation import Perturbation
 from ..requirements import require_nonnegative
-from ..sam import ascent
+from ..sam import ascent, second_pass
 
 
 class FriendlySAM(SharpnessAware):
@@ -73,11 +74,10 @@ class FriendlySAM(SharpnessAware):
         if self.kept:
             coming = combined((1.0 - self.decay) / scale, here, self.decay, average)
         else:
-            coming = combined(1.0 / scale, here, 0.0, [None] * len(here))
+            coming = weighted_sum([], here, 1.0 / scale)
         finite = math.isfinite(inner(coming, coming, [1.0] * len(coming)))
-        found = [ascent(particular, self.scales("weights"), rho, self.expects_overflow)]
+        found: list[Perturbation] = [ascent(particular, self.scales("weights"), rho, self.expects_overflow)]
         del here, particular
-        if found[0] is not None or self.passes_are_fixed:
-            yield found.pop()
+        yield from second_pass(self, found)
         if finite:  # what is not would stay in the average
             self.keep_next(coming)

@@ -23,7 +23,7 @@ from ..engine import Plan, SharpnessAware
 from ..gradient_pass import Probe
 from ..gradients import Gradients, combined, inner
 from ..requirements import require_nonnegative
-from ..sam import ascent
+from ..sam import ascent, second_pass
 
 
 def surrogate_gap_gradient(
@@ -89,8 +89,6 @@ class GSAM(SharpnessAware):
             return
         yield Probe()
         here, metric = self.held_gradients(), self.scales("weights")
-        found = ascent(here, metric, rho, self.expects_overflow)
-        if found is not None or self.passes_are_fixed:
-            yield found
-            if self.alpha:
-                self.set_gradients(surrogate_gap_gradient(here, self.gradients(), metric, self.alpha))
+        taken = yield from second_pass(self, [ascent(here, metric, rho, self.expects_overflow)])
+        if taken and self.alpha:
+            self.set_gradients(surrogate_gap_gradient(here, self.gradients(), metric, self.alpha))

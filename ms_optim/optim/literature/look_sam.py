@@ -24,7 +24,7 @@ from ..engine import Plan, SharpnessAware
 from ..gradient_pass import Probe
 from ..gradients import Gradients, combined, inner
 from ..requirements import require_nonnegative
-from ..sam import ascent
+from ..sam import ascent, second_pass
 
 
 def across(
@@ -91,12 +91,11 @@ class LookSAM(SharpnessAware):
         elif self.schedule.number(self.steps) % self.k == 0 or not self.kept:
             yield Probe()
             here, metric = self.held_gradients(), self.scales("weights")
-            found = ascent(here, metric, rho, self.expects_overflow)
-            if found is not None or self.passes_are_fixed:
-                yield found
-                found_across = across(here, self.gradients(), metric) if self.k > 1 else None
-                if found_across is not None and math.isfinite(inner(found_across, found_across, metric)):
-                    self.keep_next(found_across)
+            taken = yield from second_pass(self, [ascent(here, metric, rho, self.expects_overflow)])
+            if taken and self.k > 1:
+                coming = across(here, self.gradients(), metric)
+                if math.isfinite(inner(coming, coming, metric)):
+                    self.keep_next(coming)
         else:
             yield None
             here, metric, kept = self.gradients(), self.scales("weights"), self.previous_gradients()

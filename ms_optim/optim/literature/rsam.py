@@ -27,6 +27,7 @@ from ..engine import Plan, SharpnessAware
 from ..gradient_pass import Probe
 from ..gradients import Gradients, inner, power_sum
 from ..perturbation import Perturbation, Scaled, nothing_finite
+from ..sam import second_pass
 
 _TINY = 1e-16
 
@@ -105,5 +106,4 @@ class RSAM(SharpnessAware):
         yield Probe()
         metric, quiet = self.scales("weights"), self.expects_overflow
         found = [renyi_ascent(self.gradients(), metric, rho, self.order, quiet, self.loss_scale)]
-        if found[0] is not None or self.passes_are_fixed:
-            yield found.pop()
+        yield from second_pass(self, found)

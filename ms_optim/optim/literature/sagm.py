@@ -23,6 +23,7 @@ from ..gradient_pass import Probe
 from ..gradients import Gradients, combined, inner
 from ..perturbation import Perturbation, Scaled, nothing_finite
 from ..requirements import require_nonnegative
+from ..sam import second_pass
 
 
 def sagm_ascent(
@@ -92,7 +93,7 @@ class SAGM(SharpnessAware):
             return
         yield Probe()
         first = self.held_gradients()
-        found = sagm_ascent(first, self.scales("weights"), rho, self.alpha / self.loss_scale, self.expects_overflow)
-        if found is not None or self.passes_are_fixed:
-            yield found
+        alpha = self.alpha / self.loss_scale
+        found = [sagm_ascent(first, self.scales("weights"), rho, alpha, self.expects_overflow)]
+        if (yield from second_pass(self, found)):
             self.set_gradients(combined(0.5, first, 0.5, self.gradients()))

@@ -23,7 +23,8 @@ from ..asam import adaptive_metric
 from ..distributed import local
 from ..engine import Plan, SharpnessAware
 from ..gradient_pass import Probe
-from ..sam import Metric, ascent
+from ..perturbation import Perturbation
+from ..sam import Metric, ascent, second_pass
 
 _KINDS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
@@ -84,10 +85,9 @@ class SAMON(SharpnessAware):
         yield Probe()
         inside = self._inside()
         grads = [g if i else None for g, i in zip(self.gradients(), inside, strict=True)]
-        found = [ascent(grads, self._metric(), rho, self.expects_overflow)]
+        found: list[Perturbation] = [ascent(grads, self._metric(), rho, self.expects_overflow)]
         del grads
-        if found[0] is not None or self.passes_are_fixed:
-            yield found.pop()
+        yield from second_pass(self, found)
 
     def _inside(self) -> list[bool]:
         """Which parameters are a normaliser's."""

@@ -20,9 +20,9 @@ from torch.optim import Optimizer
 
 from ..engine import Plan, SharpnessAware
 from ..gradient_pass import Probe
-from ..gradients import Gradients, combined, inner
+from ..gradients import Gradients, inner, weighted_sum
 from ..perturbation import Perturbation, Scaled
-from ..sam import ascent
+from ..sam import ascent, second_pass
 
 
 def stable_ascent(
@@ -93,10 +93,9 @@ class StableSAM(SharpnessAware):
         if not self.normalized:
             rho = [r / self.loss_scale for r in rho]
         found = [stable_ascent(self.gradients(), metric, rho, self.normalized, self.expects_overflow)]
-        if found[0] is None and not self.passes_are_fixed:
+        if not (yield from second_pass(self, found)):
             return
-        yield found.pop()
         there = self.gradients()
         other = math.sqrt(inner(there, there, metric))
         if other > 0 and math.isfinite(length) and math.isfinite(other):
-            self.set_gradients(combined(length / other, there, 0.0, [None] * len(there)))
+            self.set_gradients(weighted_sum([], there, length / other))

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..asam import tensor_norms, whole
-from ..distributed import local
+from ..asam import tensor_norms
+from ..distributed import local, whole
 from ..engine import Plan, SharpnessAware
 from ..gradients import plus
 
