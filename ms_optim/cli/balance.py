@@ -23,6 +23,7 @@ from ..batch import Batch
 from ..curvature import hessian_trace
 from ..errors import CommandLineError
 from ..symmetry import ScaleGroup
+from ..symmetry.invariance import rounding_tolerance
 from .checkpoint import Checkpoint, State, load_into, misfit, read_checkpoint, state_of
 from .data import add_data_arguments, load_data, logits_on
 from .measurement import scale_free_note
@@ -39,9 +40,6 @@ examples:
     ms-optim balance model.pt balanced.pt --model project:make_model --data random --input-size 3 32 32 --gauge 1
   a checkpoint of training, without the optimizer's state
     ms-optim balance last.pth.tar start.pth.tar --model resnet18 --data imagenet/ --drop-optimizer-state"""
-
-# As ScaleGroup.check: of rounding in the coarsest type on the way, and where a LayerNorm-like ε does not move.
-_ROUNDINGS, _LARGEST, _INEXACT = 4096, 0.1, 1e-2
 
 
 @dataclass(frozen=True)
@@ -206,5 +204,4 @@ def _tolerance(states: Mapping[str | None, State], group: ScaleGroup, options: a
     """What rounding may do, in the coarsest type that numbers are kept in on the way."""
     kept = [t.dtype for s in states.values() for t in s.values() if isinstance(t, Tensor) and t.is_floating_point()]
     coarsest = max(torch.finfo(dtype).eps for dtype in [*kept, DTYPES[options.dtype]])
-    tolerance = min(_LARGEST, _ROUNDINGS * coarsest)
-    return max(tolerance, _INEXACT) if group.inexact_normalizers else tolerance
+    return rounding_tolerance(coarsest, group.inexact_normalizers > 0)

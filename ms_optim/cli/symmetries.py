@@ -132,8 +132,7 @@ def in_words(group: ScaleGroup, shown: int | None = _SHOWN) -> str:
     Returns:
         Lines.
     """
-    moving = int(group.generators.any(0).sum())
-    count = len(group.parameters)
+    moving, count = len(group.moving), len(group.parameters)
     head = "rescaling leaves the function unchanged; it moves" if len(group) == 1 else ""
     head = head or "independent rescalings leave the function unchanged; they move"
     lines = [f"{len(group)} {head} {moving} of {count} parameters"]
@@ -147,7 +146,7 @@ def in_words(group: ScaleGroup, shown: int | None = _SHOWN) -> str:
                 lines.append(_listed(f"{heads.pop(0)}{word:<6}", names, shown))
         if along:
             lines.append(_listed("      along: running statistics of ", along, shown))
-    fixed = [n for n, moves in zip(group.parameters, group.generators.any(0).tolist(), strict=True) if not moves]
+    fixed = _fixed(group)
     if fixed:
         lines.append(_listed("  fixed: ", fixed, shown))
     if group.inexact_normalizers:
@@ -179,7 +178,7 @@ def as_numbers(group: ScaleGroup) -> dict[str, Any]:
         "generators": [
             {name: int(power) for name, power in zip(group.parameters, row, strict=True) if power} for row in rows
         ],
-        "fixed": [n for n, moves in zip(group.parameters, group.generators.any(0).tolist(), strict=True) if not moves],
+        "fixed": _fixed(group),
         "statistics": [
             {"mean": s.mean, "variance": s.variance, "eps": s.eps, "powers": [int(power) for power in s.row.tolist()]}
             for s in group.statistics
@@ -187,6 +186,12 @@ def as_numbers(group: ScaleGroup) -> dict[str, Any]:
         "opaque": [{"operation": o.operation, "where": o.where, "reason": o.reason} for o in group.opaque],
         "inexact_normalizers": group.inexact_normalizers,
     }
+
+
+def _fixed(group: ScaleGroup) -> list[str]:
+    """The parameters that no element moves."""
+    moving = set(group.moving)
+    return [name for name in group.parameters if name not in moving]
 
 
 def _check(check: Check | None, failure: SymmetryError | None) -> dict[str, Any] | None:

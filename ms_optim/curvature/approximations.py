@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .evaluation import evaluation
+from .operator import seeded
 from .risk import Loss, Risk, read_risk, weights_restored
 
 Distribution = Literal["rademacher", "gaussian"]
@@ -241,7 +242,7 @@ def _mean_quotients(
     generator: torch.Generator | None,
 ) -> list[Tensor]:
     """The mean over probes of e ⊙ (∇L(w + scale ⊙ e) − ∇L(w − scale ⊙ e)) / divisor, in float64."""
-    generator = _seeded(generator)
+    generator = seeded(generator)
     sums = risk.zeros()
     with weights_restored(list(risk.parameters.values())) as weights:
         for _ in range(probes):
@@ -265,7 +266,7 @@ def _products(
     risk: Risk, distribution: Distribution, probes: int, generator: torch.Generator | None
 ) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
     """v and (n_b/n) H_b v for every batch and probe; the probes are the same for all batches, so that sums are H v."""
-    generator = _seeded(generator)
+    generator = seeded(generator)
     start = generator.get_state()
     parameters = list(risk.parameters.values())
     with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
@@ -299,11 +300,6 @@ def _draw(distribution: Distribution, like: Sequence[Tensor], generator: torch.G
             drawn.random_(0, 2, generator=generator).mul_(2.0).sub_(1.0)
         found.append(drawn.to(tensor.device))
     return found
-
-
-def _seeded(generator: torch.Generator | None) -> torch.Generator:
-    """The caller's generator, or a fresh one with a fixed seed."""
-    return torch.Generator().manual_seed(0) if generator is None else generator
 
 
 def _require_probes(probes: int) -> None:

@@ -33,9 +33,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..curvature.operator import seeded
 from ..curvature.risk import Loss, named_loss
 from .ascent import Norm, Peak, climb
-from .neighbourhood import Neighbourhood, Part, counted, neighbourhood, normal, positive, seeded
+from .neighbourhood import Neighbourhood, Part, counted, neighbourhood, normal, positive
 from .value import Sharpness
 
 Scale = Literal["element", "filter", "layer"] | None
@@ -176,8 +177,10 @@ def sam_sharpness(
 
     Source: arXiv 2010.01412, section 3 (sharpness) and its m-sharpness.
     """
-    search = Search(rho, norm, case, steps, step_size, samples, m, loss, normalize_logits, generator)
-    return searched(model, data, search, lambda weights: [metric(w, None) for w in weights.values()])
+    options: dict[str, Any] = {"steps": steps, "step_size": step_size, "samples": samples, "m": m, "loss": loss}
+    return adaptive_sharpness(
+        model, data, rho, norm, case, None, normalize_logits=normalize_logits, generator=generator, **options
+    )
 
 
 def metric(weight: Tensor, scale: Scale) -> Tensor:

@@ -33,13 +33,14 @@ from torch import Tensor, nn
 
 from ..balancing.program import classes
 from ..batch import peek
+from ..curvature.operator import seeded
 from ..curvature.parallel import unwrapped
 from ..curvature.risk import Loss, named_loss
 from ..errors import NoEffectWarning, SymmetryError
 from ..symmetry import ScaleGroup, scale_symmetries
 from .adaptive import Search, metric, peak, searched
 from .ascent import Norm
-from .neighbourhood import Neighbourhood, Part, neighbourhood, positive, seeded
+from .neighbourhood import Neighbourhood, Part, neighbourhood, positive
 from .value import Sharpness
 
 # Nodes of the Gauss-Legendre rule on each side of the weights, where the integrand has a kink.

@@ -148,11 +148,6 @@ def _cut(batch: Batch, targets: Any, share: float, m: int | None, index: int) ->
         yield Part(batch.rows(rows), targets[rows], share * (rows.stop - rows.start) / samples)
 
 
-def seeded(generator: torch.Generator | None) -> torch.Generator:
-    """The caller's generator, or a fresh one with a fixed seed: the same call gives the same number."""
-    return torch.Generator().manual_seed(0) if generator is None else generator
-
-
 def normal(like: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
     """Independent standard normal numbers, drawn where the generator lives and moved.
 

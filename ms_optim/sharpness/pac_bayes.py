@@ -31,9 +31,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..curvature.operator import seeded
 from ..errors import DataError
 from .adaptive import mean_and_error
-from .neighbourhood import Neighbourhood, counted, neighbourhood, normal, positive, seeded
+from .neighbourhood import Neighbourhood, counted, neighbourhood, normal, positive
 from .value import Sharpness
 
 # How far σ is looked for: up to 2^20 times the weights, where nothing of a network is left, and down to 2^-40.

@@ -7,7 +7,8 @@
 
 from .channels import neuron_symmetries
 from .discover import scale_symmetries
-from .group import Check, Opaque, ScaleGroup, Statistics
+from .group import Opaque, ScaleGroup, Statistics
+from .invariance import Check
 from .rules import scale_rule
 from .unit_group import Factor, LogScales, NeuronGroup, UnitStatistics, multiply_
 

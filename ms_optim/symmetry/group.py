@@ -31,9 +31,12 @@ from torch import Tensor, nn
 from ..batch import Batch
 from ..errors import SymmetryError
 from .element import Element, model_parameters, read_element, scale_factor, shortened
-from .invariance import relative_difference, undisturbed
+from .invariance import Check, compared, lowest_variance, undisturbed
 from .linear_system import FIXED, LinearSystem, LogScale, integer_basis
 from .optimizer_state import moving_state
+
+# What acts, and what finds such a group: for messages.
+_NAMES = ("rescaling", "scale_symmetries")
 
 # A running variance this far below zero, in units of ε, is the rounding of a variance at its bound.
 _VARIANCE_ROUNDING = 1e-6
@@ -69,21 +72,6 @@ class Statistics:
     variance: str
     eps: float
     row: Tensor
-
-
-@dataclass(frozen=True)
-class Check:
-    """How far a random group element moved the logits, relative to the largest logit.
-
-    Attributes:
-        eval_error: In evaluation mode, where the symmetry is exact but for LayerNorm-like ε.
-        training_error: In training mode, where BatchNorm's ε counts too.
-        tolerance: What ``eval_error`` was held against.
-    """
-
-    eval_error: float
-    training_error: float
-    tolerance: float
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -282,21 +270,7 @@ class ScaleGroup:
                 before[name] = 0.1 * torch.randn_like(parameter) if unseen else parameter.detach()
             after = {name: w * scale_factor(name, a[name], w) for name, w in before.items()}
             after |= self._moved_statistics(model, element)
-            eval_error, dtype = relative_difference(model, batch, before, after, training=False)
-            training_error, _ = relative_difference(model, batch, before, after, training=True)
-        if tolerance is None:
-            tolerance = min(0.1, 4096 * torch.finfo(dtype).eps)
-            if self.inexact_normalizers:
-                tolerance = max(tolerance, 1e-2)
-        # Written so that NaN fails.
-        if not eval_error <= tolerance:
-            raise SymmetryError(
-                f"a random rescaling changed the logits of {type(model).__name__} by {eval_error:.2e} of their size in "
-                f"evaluation mode, more than {tolerance:.0e}; the group is another model's, or this one does what its "
-                "graph does not show: call scale_symmetries again, or, if it has normalisers whose ε is large against "
-                "the variance, pass a larger tolerance"
-            )
-        return Check(eval_error, training_error, tolerance)
+            return compared(model, batch, before, after, tolerance, self.inexact_normalizers > 0, *_NAMES)
 
     def __repr__(self) -> str:
         counts = f"{len(self)} generators, {len(self.parameters)} parameters, {len(self.opaque)} opaque operations"
@@ -308,8 +282,8 @@ class ScaleGroup:
         for g, row in enumerate(self.generators.tolist()):
             moved = [f"{name}^{int(e):+d}" for name, e in zip(self.parameters, row, strict=True) if e]
             lines.append(f"  t[{g}]: {shortened(moved, 8)}")
-        moves = self.generators.any(0).tolist()
-        fixed = [name for name, free in zip(self.parameters, moves, strict=True) if not free]
+        moving = set(self.moving)
+        fixed = [name for name in self.parameters if name not in moving]
         if fixed:
             lines.append(f"  fixed: {shortened(fixed, 8)}")
         if self.statistics:
@@ -336,17 +310,7 @@ class ScaleGroup:
         """The smallest log-scale s of each BatchNorm's input: e^{2s} (min v + ε) = ε."""
         buffers = dict(model.named_buffers(remove_duplicate=False))
         for statistics in self.statistics:
-            absent = [name for name in (statistics.mean, statistics.variance) if name not in buffers]
-            if absent:
-                raise SymmetryError(
-                    f"{type(model).__name__} lacks the buffer {absent[0]}, so it is not the model of this group; "
-                    "call scale_symmetries(model, example_inputs) again"
-                )
-            lowest = float(buffers[statistics.variance].min())
-            if not 0 <= lowest < math.inf:
-                raise SymmetryError(
-                    f"buffer {statistics.variance} holds {lowest:.3g}, which is not a variance; reset its statistics"
-                )
+            lowest = lowest_variance(model, buffers, statistics.mean, statistics.variance, _NAMES[1])
             # With ε = 0 and a variance of 0 any scale keeps it at 0.
             yield statistics, -0.5 * math.log1p(lowest / statistics.eps) if statistics.eps > 0 else -math.inf
 

@@ -26,13 +26,16 @@ from torch import Tensor, nn
 from ..batch import Batch
 from ..errors import SymmetryError
 from .element import Element, model_parameters, read_element, scale_factor
-from .group import Check, Opaque
-from .invariance import relative_difference, undisturbed
+from .group import Opaque
+from .invariance import Check, compared, lowest_variance, undisturbed
 from .linear_system import FIXED, LinearSystem, LogScale
 from .optimizer_state import moving_state
 
 #: What one parameter is rescaled by: the log-scale of all of it, or terms that broadcast to it.
 LogScales = float | list[Tensor]
+
+# What acts, and what finds such a group: for messages.
+_NAMES = ("rescaling of units", "neuron_symmetries")
 
 # A running variance this far below zero, in units of ε, is the rounding of a variance at its bound.
 _VARIANCE_ROUNDING = 1e-6
@@ -321,21 +324,7 @@ class NeuronGroup:
                 before[name] = 0.1 * torch.randn_like(parameter) if unseen else parameter.detach()
                 after[name] = multiply_(before[name].clone(), terms.get(name, []), 1)
             after |= self._moved_statistics(model, element)
-            eval_error, dtype = relative_difference(model, batch, before, after, training=False)
-            training_error, _ = relative_difference(model, batch, before, after, training=True)
-        if tolerance is None:
-            tolerance = min(0.1, 4096 * torch.finfo(dtype).eps)
-            if self.inexact_normalizers:
-                tolerance = max(tolerance, 1e-2)
-        # Written so that NaN fails.
-        if not eval_error <= tolerance:
-            raise SymmetryError(
-                f"a random rescaling of units changed the logits of {type(model).__name__} by {eval_error:.2e} of "
-                f"their size in evaluation mode, more than {tolerance:.0e}; the group is another model's, or this one "
-                "does what its graph does not show: call neuron_symmetries again, or, if it has normalisers whose ε is "
-                "large against the variance, pass a larger tolerance"
-            )
-        return Check(eval_error, training_error, tolerance)
+            return compared(model, batch, before, after, tolerance, self.inexact_normalizers > 0, *_NAMES)
 
     def __repr__(self) -> str:
         moved = sum(bool(factors) for factors in self.factors.values())
@@ -346,18 +335,8 @@ class NeuronGroup:
         """Each BatchNorm's running variance, and the smallest log-scale of every channel: e^{2s} (v + ε) = ε."""
         buffers = dict(model.named_buffers(remove_duplicate=False))
         for statistics in self.statistics:
-            absent = [name for name in (statistics.mean, statistics.variance) if name not in buffers]
-            if absent:
-                raise SymmetryError(
-                    f"{type(model).__name__} lacks the buffer {absent[0]}, so it is not the model of this group; "
-                    "call neuron_symmetries(model, example_inputs) again"
-                )
+            lowest_variance(model, buffers, statistics.mean, statistics.variance, _NAMES[1])
             variance = buffers[statistics.variance].detach().cpu().double()
-            lowest = float(variance.min())
-            if not 0 <= lowest < math.inf:
-                raise SymmetryError(
-                    f"buffer {statistics.variance} holds {lowest:.3g}, which is not a variance; reset its statistics"
-                )
             with np.errstate(divide="ignore"):
                 limit = -0.5 * np.log1p(variance.numpy() / statistics.eps) if statistics.eps > 0 else None
             yield statistics, variance, np.full(len(variance), -math.inf) if limit is None else limit
