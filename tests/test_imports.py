@@ -23,8 +23,10 @@ FLOORS = [
     {"optim"},
     {"integrations", "compat", "checkup"},
     {"__init__"},
-    {"demo", "train", "testing"},
+    {"demo", "testing"},
     {"cli"},
+    {"train"},
+    {"sweep"},
     {"__main__"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
