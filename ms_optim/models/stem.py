@@ -38,7 +38,7 @@ def small_stem(model: Network) -> Network:
         found = ", ".join(name for name, _ in model.named_children()) or "nothing"
         raise ValueError(
             f"{type(model).__name__} has no stem of conv1 and maxpool, as timm's ResNets have, that could be made one "
-            f"for small images; it consists of {found}. Take it as it is, or one of ms_optim.models, made for small images"
+            f"for small images; it consists of {found}. Take it as it is, or one that ms_optim.models makes for them"
         )
     if first is not conv:
         first.stride = (1, 1)
