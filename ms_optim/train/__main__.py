@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from ..cli.command import in_one_line
 from .config import read_arguments
-from .run import train
+from .training import train
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -23,7 +23,7 @@ from .steps import Batch, Steps
 
 @dataclass
 class Loop:
-    """What an epoch needs; the parts are made by :mod:`ms_optim.train.run`.
+    """What an epoch needs; the parts are made by :mod:`ms_optim.train.training`.
 
     Attributes:
         steps: The optimizer's steps.

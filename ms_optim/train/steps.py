@@ -121,7 +121,8 @@ class Steps:
             waits = isinstance(self.model, DistributedDataParallel) and index + 1 < len(window)
             with self.model.no_sync() if waits else nullcontext():  # type: ignore[operator]
                 with self.autocast():
-                    loss = self.criterion(self.model(x[samples]), y[samples]) / len(window)
+                    # In float32 also where autocast would not (on the CPU): a loss has few digits in half precision.
+                    loss = self.criterion(self.model(x[samples]).float(), y[samples]) / len(window)
                 scaled = loss if self.scaler is None else self.scaler.scale(loss)
                 scaled.backward(create_graph=self.second_order)
             total = loss.detach() if total is None else total + loss.detach()
