@@ -89,6 +89,7 @@ NETWORKS: dict[str, Network] = {
     "vit_tiny": Network(models.vit_tiny, _COLOUR, 32, _tiny_vit, _TINY),
     "resnet8": Network(functools.partial(models.cifar_resnet, 8), _COLOUR, 64, _tiny_resnet, _TINY),
     "resnet50": Network(_resnet50, (3, 64, 64), 16, _tiny_timm_resnet, _COLOUR),
+    "resnet50_224": Network(_resnet50, (3, 224, 224), 16, _tiny_timm_resnet, _COLOUR),
 }
 
 Problem = tuple[nn.Module, Tensor, Tensor]

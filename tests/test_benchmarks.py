@@ -20,6 +20,7 @@ from benchmarks import (
     networks,
     paper_efficiency,
     sam_peers,
+    throughput,
     trace_growth,
     universal_class,
 )
@@ -30,7 +31,8 @@ from benchmarks.render import CUDA_MISSING, claims_table, matrix, pages, side_by
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [
     *("trace_speed", "overhead", "refresh_memory", "paper_efficiency", "diagonal_error"),
-    *("peers", "equal_time", "trace_limit", "conformance", pytest.param("trace_growth", marks=pytest.mark.slow)),
+    *("peers", "equal_time", "trace_limit", "conformance", "throughput"),
+    pytest.param("trace_growth", marks=pytest.mark.slow),
     pytest.param("flat_minima", marks=pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")),
     pytest.param("universal_class", marks=pytest.mark.skipif(not hasattr(ms_optim, "FrobSAM"), reason="no FrobSAM")),
 ]
@@ -275,6 +277,25 @@ def test_a_page_has_the_newest_run_of_each_device(tmp_path):
     record(tmp_path / "2026-11-19_cuda_card", {**described, "device": "card"}, [{**new[0], "contender": "on the card"}])
     page = pages("trace_limit", tmp_path)
     assert "on the card" in page and "\n## The exact trace" in page and "not measured\n" not in page[-20:]
+
+
+def test_a_claim_that_was_measured_nowhere_says_so_in_every_row(tmp_path):
+    page = pages("throughput", tmp_path)
+    assert page.startswith("# On a GPU two passes train on half as many") and page.endswith(CUDA_MISSING)
+    rows = [line for line in page.splitlines() if line.startswith("| resnet")]
+    assert len(rows) == 8 and all("| not measured |" in row for row in rows)
+    committed = ROOT / "benchmarks" / "results" / "throughput"
+    assert (committed / "table.md").read_text(encoding="utf-8") == pages("throughput", committed)
+
+
+def test_images_per_second_are_those_of_a_hundred_steps_of_which_one_has_a_refresh():
+    runs = throughput.timed("resnet18", False, "cpu", throughput.Effort(3, 2, 1, 1, 1, "eager"))
+    found = {run["contender"]: run for run in runs}
+    assert set(found) == set(throughput.ORDER)
+    for method in (throughput.MOVE, throughput.NOISE):
+        without, with_one = (found[method + kind]["seconds"] for kind in (throughput.WITHOUT, throughput.WITH))
+        assert found[method]["seconds"] == pytest.approx(0.99 * without + 0.01 * with_one)
+    assert all(run["images_per_second"] == 3 / run["seconds"] for run in runs)
 
 
 def test_time_of_naive_is_extrapolated_linearly_in_the_entries():
