@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from ..curvature.parallel import unwrapped
 from ..errors import CommandLineError
+from ..optim.gradient_pass import GradientPass
 from .optimizer import ours
 from .process import Process
 
@@ -102,6 +103,8 @@ class Steps:
         for gradient_pass in self._passes(window):
             with gradient_pass:
                 loss = self._backward(window, getattr(gradient_pass, "samples", slice(None)))
+                if isinstance(gradient_pass, GradientPass):
+                    gradient_pass.loss = loss  # by which some weigh their passes' gradients
                 first = loss if first is None else first
         self._descend()
         assert first is not None  # there is at least one pass

@@ -35,7 +35,7 @@ from .optimizer import (
     needs_group,
     ours,
 )
-from .order import seed_everything
+from .order import Ranks, seed_everything
 from .preset import fill
 from .process import Process, device_name, environment, process
 from .progress import log_to, logger
@@ -147,7 +147,7 @@ class Training:
             **{key: configuration[key] for key in keys},
             num_classes=options.num_classes,
             device=device,
-            ranks=here,
+            ranks=Ranks(here.rank, here.world),
         )
         decide_learning_rate(options, here.world)
         images, _ = self.data.sample(options.sharpness_samples if options.sharpness_interval else 2)
@@ -165,7 +165,7 @@ class Training:
         updates = self.loop.updates
         self.loop.scheduler, self.epochs = make_scheduler(self.optimizer, options, updates, self.best_is_less)
         if content is not None:
-            self._go_on(content, updates)
+            self._go_on(content)
         self._open(content, resumed)
 
     def _sharded(self, images: torch.Tensor) -> ScaleGroup | None:
@@ -235,7 +235,7 @@ class Training:
             num_classes=options.num_classes,
         )
 
-    def _go_on(self, content: Mapping[str, Any], updates: int) -> None:
+    def _go_on(self, content: Mapping[str, Any]) -> None:
         """Epoch, learning rate and loss scale of a checkpoint."""
         options, scheduler, scaler = self.options, self.loop.scheduler, self.loop.steps.scaler
         self.start = content["epoch"] + 1
@@ -246,6 +246,8 @@ class Training:
                 scaler.load_state_dict(content["amp_scaler"])
             if own.get("plateau") is not None and hasattr(scheduler, "lr_scheduler"):
                 scheduler.lr_scheduler.load_state_dict(own["plateau"])
+                for entry, saved in zip(self.optimizer.param_groups, content["optimizer"]["param_groups"], strict=True):
+                    entry["lr"] = saved["lr"]  # the one schedule that does not follow from the epoch
         if own and own["world"] != self.here.world:
             logger.info("resumed with %d processes instead of %d: other batches", self.here.world, own["world"])
 
@@ -254,7 +256,7 @@ class Training:
         options, scheduler = self.options, self.loop.scheduler
         if options.start_epoch is not None:
             self.start = options.start_epoch
-        if scheduler is not None and self.start:
+        if scheduler is not None and self.start and not hasattr(scheduler, "lr_scheduler"):
             if options.sched_on_updates:
                 scheduler.step_update(self.start * self.loop.updates)
             else:

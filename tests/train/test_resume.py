@@ -9,9 +9,8 @@ import pytest
 import torch
 from train.runs import SMALL, TIMES, differences, finished, last, of_training, started, summary
 
-from ms_optim.train import training
 from ms_optim.errors import CommandLineError
-from ms_optim.train import checkpoint, record, run
+from ms_optim.train import checkpoint, record, run, training
 
 CASES = {
     "mssam, momentum, average, per step": {
@@ -187,7 +186,7 @@ def test_nothing_random_is_drawn_from_a_stream_that_an_epoch_does_not_seed(tmp_p
         "def forgetful():\n"
         "    return nn.Sequential(nn.Flatten(), nn.Linear(64, 50), nn.ReLU(), nn.Dropout(0.3), nn.Linear(50, 10))\n"
     )
-    settings = {**SMALL, "output": str(tmp_path), "crop_padding": 1, "model": f"{network}:forgetful", "aa": "rand-m5-n1"}
+    settings = {**SMALL, "output": str(tmp_path), "model": f"{network}:forgetful", "aa": "rand-m5-n1"}
     run({**settings, "experiment": "plain"})
     original = training.seed_everything
 
