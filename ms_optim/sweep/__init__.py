@@ -1,0 +1,3 @@
+"""x."""
+from .pool import Resources, run_trials
+from .trial import Result, Trial
