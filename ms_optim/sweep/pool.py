@@ -187,9 +187,7 @@ def visible_gpus() -> tuple[str, ...]:
     return tuple(named[:count]) if named else tuple(map(str, range(count)))
 
 
-def _in_this_process(
-    trials: Sequence[Trial], function: str, folder: Path, resources: Resources
-) -> Iterator[Trial]:
+def _in_this_process(trials: Sequence[Trial], function: str, folder: Path, resources: Resources) -> Iterator[Trial]:
     for trial in trials:
         attempt(trial, function, folder, logged=False)
         yield trial
@@ -257,9 +255,7 @@ class _Slot:
         self._process = self._connection = None
 
 
-def _in_processes(
-    trials: Sequence[Trial], function: str, folder: Path, resources: Resources
-) -> Iterator[Trial]:
+def _in_processes(trials: Sequence[Trial], function: str, folder: Path, resources: Resources) -> Iterator[Trial]:
     """Run trials side by side; each is given back when its record is written."""
     waiting = deque(trials)
     slots = [_Slot(number, resources) for number in range(min(resources.workers, len(trials)))]

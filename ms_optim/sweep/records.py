@@ -112,7 +112,9 @@ class Records:
             parts = {name: record[name] for name in _HEAD}
             parts |= {f"settings.{name}": value for name, value in flat(record["settings"]).items()}
             parts |= {f"outcome.{name}": value for name, value in flat(record["outcome"]).items()}
-            rows.append(parts | {f"host.{name}": value for name, value in record["host"].items()} | {"log": record["log"]})
+            rows.append(
+                parts | {f"host.{name}": value for name, value in record["host"].items()} | {"log": record["log"]}
+            )
         columns = dict.fromkeys(name for row in rows for name in row)
         groups = ("settings.", "outcome.", "log", "host.")
         grouped = [name for start in groups for name in columns if name.startswith(start) and name not in _HEAD]

@@ -139,7 +139,9 @@ class Result:
         """
         if not isinstance(outcome, Mapping):
             kind = type(outcome).__name__
-            return cls(trial, FAILED, error=f"the function returned a {kind}, and a mapping of numbers is needed", **facts)
+            return cls(
+                trial, FAILED, error=f"the function returned a {kind}, and a mapping of numbers is needed", **facts
+            )
         plain = {str(name): _plain(value) for name, value in outcome.items()}
         try:
             json.dumps(plain)
