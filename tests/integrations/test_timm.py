@@ -19,8 +19,23 @@ from ms_optim.errors import OptimizerError
 from ms_optim.integrations.timm import OPTIMIZERS, TASKS, create_optimizer, register
 
 NAMES = list(OPTIMIZERS)
-OFF = {name: {"strength": 0.0} if name == "msreg" else {"rho": 0.0} for name in NAMES}
+# Those that descend along several passes' gradients: explicit passes drive them, and a loop with one backward does not.
+COMBINED = [name for name in NAMES if OPTIMIZERS[name][0].combines_passes]
+IN_LOOPS = [name for name in NAMES if name not in COMBINED]
+OF_ONE_PASS = ["msreg", "msoptimtracesam", "msoptimrandomperturbation", "msoptimweissi"]
+PENALTIES = ["msreg", "msoptimweissi"]  # added in the step
+# What switches a name's own part off.
+OFF = {
+    "msreg": {"strength": 0.0},
+    "msoptimweissi": {"strength": 0.0, "sparsity": 0.0},
+    "msoptimsagm": {"rho": 0.0, "alpha": 0.0},
+    "msoptimtiltedsam": {"rho": 0.0, "sigma": 0.0},
+    "msoptimfrobsam": {"strength": 0.0},
+    "msoptimdetsam": {"strength": 0.0},
+}
+OFF = {name: OFF.get(name, {"rho": 0.0}) for name in NAMES}
 every_name = pytest.mark.parametrize("name", NAMES)
+in_loops = pytest.mark.parametrize("name", IN_LOOPS)
 # In such a loop the penalty is added after unscaling, so that nothing stands in its way but the refusal.
 has_tasks = bool(TASKS) and hasattr(TASKS[0], "get_trainable_module")
 with_tasks = pytest.mark.skipif(not has_tasks, reason="timm before 1.0.27 has no such tasks")
