@@ -15,18 +15,17 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from ..cli.command import Parser, in_one_line
 from ..errors import CommandLineError
 from . import grid
-from .choice import TEST, VALIDATION
+from .choice import TEST, VALIDATION, described
 from .pool import Listener, Resources
 from .protocol import choose_and_report
 from .report import PAGE, Report
-from .trial import FINISHED, Result, Trial
+from .trial import FINISHED, Result, Trial, flat
 
 #: What a trial does unless something else is asked for.
 TRAINING = "ms_optim.train:run"
@@ -177,7 +176,6 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
     made = parser()
     options = made.parse_args(arguments)
     file: dict[str, Any] = grid.mapping_in(options.sweep, "--sweep") if options.sweep else {}
-    file = {name.replace("-", "_"): value for name, value in file.items()}
     known = set(vars(options)) - {"sweep"} | {"methods"}
     unknown = [name for name in file if name not in known]
     if unknown:
@@ -186,6 +184,7 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
     for name in ("set", "grid"):
         if not isinstance(file.get(name) or {}, Mapping):
             raise CommandLineError(f"--sweep {options.sweep}: {name} has to be names with values, got {file[name]!r}")
+        file[name] = grid.underscored(file.get(name) or {})
     many: dict[str, Any] = {action.dest: action.type or str for action in made._actions if action.nargs == "+"}
     for name, kind in many.items():
         if name in file and name not in ("set", "grid"):
@@ -228,9 +227,10 @@ def trials_of(options: argparse.Namespace) -> tuple[list[Trial], list[str]]:
         methods[label] = [_known(each, names, remarks) for each in _methods(options, str(base.get("opt", "")))]
     made = grid.trials(bases, methods, options.seeds, names, options.problem)
     if training:
-        read = import_module("ms_optim.train.config").read_settings
+        from ..train.config import read_settings
+
         for settings in {trial.setting_key: trial.settings for trial in made}.values():
-            read(settings)  # all of them, before the first one has run for an hour
+            read_settings(settings)  # all of them, before the first one has run for an hour
     kept = {name for each in methods.values() for method in each for name in method.axes}
     lost = sorted({name for names_of in remarks.values() for name in names_of} - kept)
     if lost:
@@ -242,7 +242,7 @@ def _methods(options: argparse.Namespace, recipe_optimizer: str) -> list[grid.Me
     shared = options.grid
     if isinstance(shared, list):
         return grid.methods([grid.axis(word) for word in shared], recipe_optimizer)
-    axes = [("", str(name), grid.checked(str(name), values)) for name, values in (shared or {}).items()]
+    axes = [("", name, grid.checked(name, values)) for name, values in shared.items()]
     if not options.methods:
         return grid.methods(axes, recipe_optimizer)
     if not isinstance(options.methods, Mapping):
@@ -251,7 +251,7 @@ def _methods(options: argparse.Namespace, recipe_optimizer: str) -> list[grid.Me
     for name, own in options.methods.items():
         if not isinstance(own or {}, Mapping):
             raise CommandLineError(f"the method {name} needs names with values, got {own!r}")
-        mine = {str(key): grid.checked(f"{name}: {key}", values) for key, values in (own or {}).items()}
+        mine = {key: grid.checked(f"{name}: {key}", values) for key, values in grid.underscored(own or {}).items()}
         first = {"opt": [str(name)]} if options.function == TRAINING else {}
         found.append(grid.Method(str(name), {**first, **{key: values for _, key, values in axes}, **mine}))
     return found
@@ -269,13 +269,16 @@ def _known(method: grid.Method, names: frozenset[str] | None, remarks: dict[str,
 def _recipe(file: Path, training: bool) -> dict[str, Any]:
     if not training:
         return grid.mapping_in(file, "--recipes")
-    settings: dict[str, Any] = import_module("ms_optim.train.config").settings_of(file)
-    return settings
+    from ..train.config import settings_of
+
+    return settings_of(file)
 
 
 def _options_of_training() -> frozenset[str]:
-    config, options = (import_module(f"ms_optim.train.{name}") for name in ("config", "options"))
-    return frozenset(config.options_of(options.parser()))
+    from ..train.config import options_of as keys_of
+    from ..train.options import parser as of_training
+
+    return frozenset(keys_of(of_training()))
 
 
 def _fixed(words: Sequence[str]) -> dict[str, Any]:
@@ -284,8 +287,8 @@ def _fixed(words: Sequence[str]) -> dict[str, Any]:
         name, equals, value = word.partition("=")
         if not equals or not name:
             raise CommandLineError(f"--set {word!r} is not of the form name=value")
-        found[name.replace("-", "_")] = grid.scalar(value)
-    return found
+        found[name] = grid.scalar(value)
+    return grid.underscored(found)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -294,7 +297,7 @@ def _run(options: argparse.Namespace) -> int:
         print(f"sweep: {remark}", file=sys.stderr)
     if options.dry_run:
         for trial in trials:
-            print(f"{trial.key(options.function)}  {trial}  {dict(trial.settings)}")
+            print(trial.key(options.function), trial.problem, trial.method, dict(trial.settings), sep="  ")
         return 0
     gpus = [] if options.gpus == ["none"] else options.gpus
     resources = Resources.here(options.workers, gpus, options.threads, options.trials_per_process)
@@ -303,7 +306,7 @@ def _run(options: argparse.Namespace) -> int:
     methods = {trial.method for trial in trials}
     if options.baseline is not None and options.baseline not in methods:
         raise CommandLineError(f"--baseline {options.baseline} is not among the methods: {', '.join(sorted(methods))}")
-    with _progress() as listener:
+    with _progress(trials) as listener:
         results = choose_and_report(
             trials,
             options.fresh_seeds,
@@ -323,8 +326,10 @@ def _run(options: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _progress() -> Iterator[Listener]:
+def _progress(trials: Sequence[Trial]) -> Iterator[Listener]:
     """A bar on a terminal, if tqdm is there; else a line per trial."""
+    points = [flat(trial.setting) for trial in trials]
+    varied = [n for n in dict.fromkeys(n for p in points for n in p) if len({str(p.get(n)) for p in points}) > 1]
     bar: Any = None
     if sys.stderr.isatty():
         try:
@@ -337,7 +342,9 @@ def _progress() -> Iterator[Listener]:
     def say(result: Result, count: int, total: int) -> None:
         numbers = [f"{name} {value:.4g}" for name, value in result.outcome.items() if isinstance(value, float)]
         what = ", ".join(numbers[:3]) if result.status == FINISHED else f"{result.status.upper()}: {result.error}"
-        line = f"{result.trial}, seed {result.trial.seed}: {what} ({result.seconds:.1f} s)"
+        setting = described(result.trial.setting, varied)
+        name = ", ".join(part for part in (result.trial.problem, result.trial.method, setting) if part)
+        line = f"{name}, seed {result.trial.seed}: {what} ({result.seconds:.1f} s)"
         if bar is None:
             print(f"[{count}/{total}] {line}", file=sys.stderr, flush=True)
             return
@@ -346,7 +353,7 @@ def _progress() -> Iterator[Listener]:
         bar.n = count
         if result.status != FINISHED:
             bar.write(line, file=sys.stderr)
-        bar.set_postfix_str(str(result.trial))
+        bar.set_postfix_str(name)
 
     try:
         yield say

@@ -209,7 +209,8 @@ def trials(
         problem: The names of settings that make the problem.
 
     Returns:
-        The trials.  Their problem is named by what differs: the recipe, if one method comes from several, and those settings of the problem that differ between trials.
+        The trials.  Their problem is named by what differs: the recipe, if one method comes from several, and
+        those settings of the problem that differ between trials.
 
     Raises:
         CommandLineError: If there are no seeds, or one twice.
@@ -282,7 +283,19 @@ def mapping_in(file: Path, option: str) -> dict[str, Any]:
     content = _parsed(text, f"{option} {file}")
     if not isinstance(content, dict):
         raise CommandLineError(f"{option} {file} holds a {type(content).__name__}, and names with values are needed")
-    return {str(name): value for name, value in content.items()}
+    return underscored(content)
+
+
+def underscored(content: Mapping[Any, Any]) -> dict[str, Any]:
+    """Names as Python has them: ``weight-decay`` is ``weight_decay``.
+
+    Args:
+        content: Names and values.
+
+    Returns:
+        The same.
+    """
+    return {str(name).replace("-", "_"): value for name, value in content.items()}
 
 
 def _shared(names: Sequence[str]) -> str:

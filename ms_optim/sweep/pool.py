@@ -115,7 +115,8 @@ def run_trials(
         function: ``module:function`` or ``file.py:function``.  It is called with the settings of a trial and, beside
             them, ``output`` (the folder of the trial), ``experiment`` (the name of a folder in it, which it may make
             and write to) and ``resume`` = ``"auto"``: it should go on from what lies there.  It returns a mapping of
-            plain values: a number that is not finite says that the trial has diverged, ``None`` that it has none.
+            plain values: a number that is not finite, or a :class:`~ms_optim.errors.DivergedError`, says that the trial
+            has diverged, ``None`` that there is no such number.
         folder: Where the records are.
         resources: By default, one process per GPU or core.
         retry: Whether trials that have failed run again; those that have diverged have a result.

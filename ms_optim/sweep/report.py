@@ -90,7 +90,12 @@ class Report:
             if each.stage == "tuning"
         ]
         head = ["problem", "method", "setting", "n", f"{self.metric}, mean ± s.e.", "lost"]
-        parts = ["# Summary of the sweep", *self._parts(markdown), "## All settings", markdown(head, every)]
+        parts = [
+            "# Summary of the sweep",
+            *self._parts(markdown),
+            "## All settings",
+            markdown(*_without_empty(head, every)),
+        ]
         return "\n\n".join(parts) + "\n"
 
     def write(self, folder: Path) -> None:
@@ -146,9 +151,9 @@ class Report:
         return next((c.searched for c in self.choices if (c.setting.problem, c.setting.method) == who), ())
 
     def _parts(self, draw: Draw) -> list[str]:
-        parts = [draw(*self._chosen()), self._about_the_choice()]
+        parts = [draw(*_without_empty(*self._chosen())), self._about_the_choice()]
         if self.comparisons:
-            parts += [draw(*self._compared()), _ABOUT_P]
+            parts += [draw(*_without_empty(*self._compared())), _ABOUT_P]
         lost = [result for result in self.results if result.status != FINISHED]
         if lost:
             head = ["trial that is lost", "seed", "how", "log"]
@@ -212,6 +217,12 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in cells]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def _without_empty(header: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """A table without columns that say nothing: the problem, where there is one; what is lost, where nothing is."""
+    kept = [index for index in range(len(header)) if any(row[index] for row in rows)]
+    return [header[index] for index in kept], [[row[index] for index in kept] for row in rows]
 
 
 def _verdict(comparison: Comparison) -> str:

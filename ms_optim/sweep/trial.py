@@ -86,9 +86,6 @@ class Trial:
         """
         return hashlib.sha256(f"{function}\n{canonical(self.settings)}".encode()).hexdigest()[:16]
 
-    def __str__(self) -> str:
-        return ", ".join(part for part in (self.problem, self.method) if part) or "trial"
-
 
 @dataclass(frozen=True)
 class Result:

@@ -28,10 +28,10 @@ import torch
 from .. import __version__
 from ..cli.command import in_one_line
 from ..cli.named_object import find
-from ..errors import MsOptimError
+from ..errors import DivergedError, MsOptimError
 from .lock import held
 from .records import LOG, died, write
-from .trial import Result, Trial, folder_of
+from .trial import DIVERGED, Result, Trial, folder_of
 
 #: Seconds within which a worker of a killed sweep is gone.
 _GRACE = 60.0
@@ -74,6 +74,8 @@ def attempt(trial: Trial, function: str, folder: Path, logged: bool = True) -> N
             result = Result.returned(trial, outcome)
         except KeyboardInterrupt:
             raise
+        except DivergedError as error:
+            result = Result(trial, DIVERGED, error=_said(error))
         except (Exception, SystemExit) as error:
             traceback.print_exc()
             result = died(trial, _said(error))

@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+from ms_optim.errors import DivergedError
+
 
 def accuracy(settings):
     """Best at ρ = 0.1 on validation; test accuracy is something else altogether."""
@@ -31,12 +33,12 @@ def misbehaving(settings):
         os.kill(os.getpid(), signal.SIGKILL)
     if what == "diverge":
         return {"validation_top1": 10.0, "train_loss": math.nan}
+    if what == "diverge early":
+        raise DivergedError("the loss is nan in epoch 3")
     if what == "nothing":
         return None
     if what == "odd":
         return {"model": object()}
-    if what == "interrupted":
-        raise KeyboardInterrupt
     return {"validation_top1": 50.0, "process": os.getpid()}
 
 
