@@ -99,7 +99,7 @@ def process(options: argparse.Namespace) -> Iterator[Process]:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     _require_device(name)
-    threads = torch.get_num_threads()
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     settings = SimpleNamespace(device=name)  # timm writes what it finds into it
     device = init_distributed_device(settings)
     found = Process(torch.device(device), settings.rank, settings.world_size)
@@ -108,10 +108,12 @@ def process(options: argparse.Namespace) -> Iterator[Process]:
             raise CommandLineError("--fsdp shards weights over several processes: torchrun --nproc_per_node=N -m …")
         if options.threads:
             torch.set_num_threads(options.threads)
+        torch.set_default_dtype(torch.float32)  # of weights and images, whatever the caller works with
         with _determinism(options.deterministic):
             yield found
     finally:
         torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
         if found.distributed:
             dist.destroy_process_group()
 
