@@ -225,6 +225,8 @@ def trials_of(options: argparse.Namespace) -> tuple[list[Trial], list[str]]:
     methods = {}
     for label, base in bases.items():
         methods[label] = [_known(each, names, remarks) for each in _methods(options, str(base.get("opt", "")))]
+        if names is not None:
+            _require_fitting(label, base, methods[label], names)
     made = grid.trials(bases, methods, options.seeds, names, options.problem)
     if training:
         from ..train.config import read_settings
@@ -264,6 +266,22 @@ def _known(method: grid.Method, names: frozenset[str] | None, remarks: dict[str,
     if strange:
         remarks[method.name] = strange
     return known
+
+
+def _require_fitting(
+    label: str, base: Mapping[str, Any], methods: Sequence[grid.Method], names: frozenset[str]
+) -> None:
+    """Refuse to give an optimizer what a recipe says of another one."""
+    for method in methods:
+        optimizer = method.axes.get("opt", [""])
+        _, strange = grid.without_strangers(
+            grid.Method(method.name, {**(base.get("opt_kwargs") or {}), "opt": optimizer}), names
+        )
+        if strange:
+            raise CommandLineError(
+                f"the recipe {label} has opt_kwargs {strange[0]} for {base.get('opt')}, which {optimizer[0]} does not "
+                "take; begin with a recipe without it, or give each optimizer its own recipe"
+            )
 
 
 def _recipe(file: Path, training: bool) -> dict[str, Any]:
@@ -306,7 +324,7 @@ def _run(options: argparse.Namespace) -> int:
     methods = {trial.method for trial in trials}
     if options.baseline is not None and options.baseline not in methods:
         raise CommandLineError(f"--baseline {options.baseline} is not among the methods: {', '.join(sorted(methods))}")
-    with _progress(trials) as listener:
+    with _progress(trials, (options.metric, options.report)) as listener:
         results = choose_and_report(
             trials,
             options.fresh_seeds,
@@ -326,10 +344,11 @@ def _run(options: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _progress(trials: Sequence[Trial]) -> Iterator[Listener]:
+def _progress(trials: Sequence[Trial], metrics: Sequence[str]) -> Iterator[Listener]:
     """A bar on a terminal, if tqdm is there; else a line per trial."""
     points = [flat(trial.setting) for trial in trials]
-    varied = [n for n in dict.fromkeys(n for p in points for n in p) if len({str(p.get(n)) for p in points}) > 1]
+    names = dict.fromkeys(name for point in points for name in point if name != "opt")  # the method is said anyway
+    varied = [name for name in names if len({str(point.get(name)) for point in points}) > 1]
     bar: Any = None
     if sys.stderr.isatty():
         try:
@@ -340,8 +359,13 @@ def _progress(trials: Sequence[Trial]) -> Iterator[Listener]:
             pass
 
     def say(result: Result, count: int, total: int) -> None:
-        numbers = [f"{name} {value:.4g}" for name, value in result.outcome.items() if isinstance(value, float)]
-        what = ", ".join(numbers[:3]) if result.status == FINISHED else f"{result.status.upper()}: {result.error}"
+        numbers = {name: value for name, value in result.outcome.items() if isinstance(value, (int, float))}
+        shown = [name for name in metrics if name in numbers] or list(numbers)[:2]
+        what = (
+            ", ".join(f"{name} {numbers[name]:.4g}" for name in shown)
+            if result.status == FINISHED
+            else f"{result.status.upper()}: {result.error}"
+        )
         setting = described(result.trial.setting, varied)
         name = ", ".join(part for part in (result.trial.problem, result.trial.method, setting) if part)
         line = f"{name}, seed {result.trial.seed}: {what} ({result.seconds:.1f} s)"

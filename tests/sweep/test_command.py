@@ -90,6 +90,9 @@ def test_training_is_the_default_and_its_settings_are_checked_before_it_begins(r
     ):
         code, _, err = run("-c", recipe, "--grid", *words)
         assert code == 2 and said in err and not (tmp_path / "out").exists()
+    recipe.write_text("dataset: digits\nopt: mssam\nopt_kwargs: {rho: 0.1}\n")
+    code, _, err = run("-c", recipe, "--grid", "opt=sgd,mssam")
+    assert code == 2 and "digits has opt_kwargs rho for mssam, which sgd does not take; begin" in err
 
 
 def test_a_dry_run_runs_nothing(run, tmp_path):
