@@ -12,8 +12,7 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,12 @@ from typing import Any
 from ..cli.command import Parser, in_one_line
 from ..errors import CommandLineError
 from . import grid
-from .choice import TEST, VALIDATION, described
-from .pool import Listener, Resources
+from .choice import TEST, VALIDATION
+from .pool import Resources
+from .progress import progress
 from .protocol import choose_and_report
 from .report import PAGE, Report
-from .trial import FINISHED, Result, Trial, flat
+from .trial import FINISHED, Trial
 
 #: What a trial does unless something else is asked for.
 TRAINING = "ms_optim.train:run"
@@ -324,7 +324,7 @@ def _run(options: argparse.Namespace) -> int:
     methods = {trial.method for trial in trials}
     if options.baseline is not None and options.baseline not in methods:
         raise CommandLineError(f"--baseline {options.baseline} is not among the methods: {', '.join(sorted(methods))}")
-    with _progress(trials, (options.metric, options.report)) as listener:
+    with progress(trials, (options.metric, options.report)) as listener:
         results = choose_and_report(
             trials,
             options.fresh_seeds,
@@ -341,46 +341,3 @@ def _run(options: argparse.Namespace) -> int:
     print(report.text())
     print(f"\nwritten: {options.output / PAGE}")
     return int(any(result.status != FINISHED for result in results))
-
-
-@contextmanager
-def _progress(trials: Sequence[Trial], metrics: Sequence[str]) -> Iterator[Listener]:
-    """A bar on a terminal, if tqdm is there; else a line per trial."""
-    points = [flat(trial.setting) for trial in trials]
-    names = dict.fromkeys(name for point in points for name in point if name != "opt")  # the method is said anyway
-    varied = [name for name in names if len({str(point.get(name)) for point in points}) > 1]
-    bar: Any = None
-    if sys.stderr.isatty():
-        try:
-            from tqdm import tqdm
-
-            bar = tqdm(unit="trial", file=sys.stderr)
-        except ImportError:
-            pass
-
-    def say(result: Result, count: int, total: int) -> None:
-        numbers = {name: value for name, value in result.outcome.items() if isinstance(value, (int, float))}
-        shown = [name for name in metrics if name in numbers] or list(numbers)[:2]
-        what = (
-            ", ".join(f"{name} {numbers[name]:.4g}" for name in shown)
-            if result.status == FINISHED
-            else f"{result.status.upper()}: {result.error}"
-        )
-        setting = described(result.trial.setting, varied)
-        name = ", ".join(part for part in (result.trial.problem, result.trial.method, setting) if part)
-        line = f"{name}, seed {result.trial.seed}: {what} ({result.seconds:.1f} s)"
-        if bar is None:
-            print(f"[{count}/{total}] {line}", file=sys.stderr, flush=True)
-            return
-        if bar.total != total:
-            bar.reset(total)
-        bar.n = count
-        if result.status != FINISHED:
-            bar.write(line, file=sys.stderr)
-        bar.set_postfix_str(name)
-
-    try:
-        yield say
-    finally:
-        if bar is not None:
-            bar.close()
