@@ -27,6 +27,7 @@ from benchmarks import (
 from benchmarks.harness import Claim, Summary, evaluate, folder_name, paired, record, verdict
 from benchmarks.memory import lift, peak_above
 from benchmarks.render import CUDA_MISSING, claims_table, matrix, pages, side_by_side
+from ms_optim.sweep import Result, Trial
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [
@@ -364,23 +365,25 @@ def test_points_of_the_figure_are_medians_over_the_seeds():
     assert diagonal_error.points(runs, "net") == [("ours, exact", 2, 4, 6)]
 
 
-def trial(optimizer, setting, held_out):
-    shared = {"network": "20 % label noise", "contender": optimizer, "round": 0, "stage": "tuning", "train": 1.0}
-    return {**shared, "setting": setting, "held_out": held_out}
-
-
 def fresh(optimizer, setting, *accuracies):
     shared = {"network": "20 % label noise", "contender": optimizer, "stage": "fresh", "setting": setting}
     return [{**shared, "round": i, "train": 1.0, "held_out": 0.5, "test": a} for i, a in enumerate(accuracies)]
 
 
-def test_settings_are_chosen_on_held_out_images_and_every_optimizer_has_as_many():
+def test_every_optimizer_has_as_many_settings_and_the_edge_of_its_grid_is_marked():
     assert {len(grid) for _, grid in universal_class.GRIDS.values()} == {9}
-    runs = [trial("SAM", {"rho": rho}, found) for rho, found in ((0.1, 0.7), (0.2, 0.9), (0.4, 0.9))]
-    assert universal_class.chosen(runs, "20 % label noise", "SAM") == {"rho": 0.2}
-    assert universal_class.chosen(runs, "a tenth of the data", "SAM") is None
     assert universal_class.at_edge("SAM", {"rho": 3.2}) and not universal_class.at_edge("SAM", {"rho": 0.2})
     assert not universal_class.at_edge("SGD", {"weight_decay": 0.0})
+
+
+def test_a_line_says_what_the_sweep_found_or_how_it_failed():
+    settings = {"problem": "p", "optimizer": "SAM", "setting": {"rho": 0.1}, "seed": 3, "full": True}
+    trial = Trial(settings, "SAM", "p", "fresh")
+    shared = {"network": "p", "contender": "SAM", "round": 3, "stage": "fresh", "setting": {"rho": 0.1}}
+    assert universal_class.line_of(Result(trial, "finished", {"test": 0.5})) == {**shared, "test": 0.5}
+    lost = universal_class.line_of(Result(trial, "failed", error="killed"))
+    assert lost == {**shared, "failed": "killed"}
+    assert universal_class.fresh([lost], "p", "SAM") == {}
 
 
 def test_a_difference_to_sam_is_paired_by_seed_and_counts_beyond_two_standard_errors():

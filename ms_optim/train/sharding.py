@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..optim.distributed import gathered
-
 try:
     from torch.distributed.tensor import DTensor, distribute_tensor
 except ImportError:  # torch built without torch.distributed
@@ -53,8 +51,7 @@ def whole_model(model: nn.Module) -> dict[str, Tensor]:
     Returns:
         Name → whole tensor.
     """
-    with gathered(model):
-        return {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    return {name: whole(tensor.detach()) for name, tensor in model.state_dict().items()}
 
 
 def load_model(model: nn.Module, state: Mapping[str, Tensor]) -> None:
