@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import torch
-from train.runs import SMALL, command, differences, environment, finished, last, of_training, summary
+from train.runs import SMALL, command, differences, environment, last, of_training, summary
 
-from ms_optim.train import checkpoint
+from ms_optim.train import checkpoint, run
 
 #: float32 sums of 64 gradients in another order: 16 steps make differences of this size in weights of size 0.1.
 TOLERANCE = 2e-5
@@ -49,9 +49,14 @@ def compare_weights(one, other, tolerance=TOLERANCE):
             torch.testing.assert_close(other[key][name], tensor, rtol=0, atol=tolerance, msg=f"{key}.{name}")
 
 
-@pytest.mark.parametrize("name", CASES)
+def slow(names, fast):
+    """All but some marked slow: each starts processes."""
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", slow(CASES, ("SAM", "MSSAM")))
 def test_two_processes_are_one_with_the_joint_batch(tmp_path, name):
-    finished(joint(CASES[name], tmp_path / "one", 1))
+    run(joint(CASES[name], tmp_path / "one", 1))
     on_two_ranks(joint(CASES[name], tmp_path / "two", 2))
     one, two = last(tmp_path / "one"), last(tmp_path / "two")
     compare_weights(one, two)
@@ -63,20 +68,20 @@ def test_two_processes_are_one_with_the_joint_batch(tmp_path, name):
 
 
 @pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="torch 2.6 cannot shard on a CPU")
-@pytest.mark.parametrize("name", ["SGD", "MSSAM"])
+@pytest.mark.parametrize("name", slow(("SGD", "MSSAM"), ("MSSAM",)))
 def test_sharded_weights_train_as_whole_ones_and_leave_a_plain_checkpoint(tmp_path, name):
-    finished(joint(CASES[name], tmp_path / "one", 1))
+    run(joint(CASES[name], tmp_path / "one", 1))
     own = {**CASES[name], "fsdp": True, "sharpness_interval": 1, "sharpness_samples": 20}
     settings = joint(own, tmp_path / "two", 2)
     on_two_ranks({**settings, "epochs": 1, "sched": "none"})
     on_two_ranks({**settings, "experiment": "whole", "sched": "none"})
     on_two_ranks({**settings, "sched": "none", "resume": "auto"})
     compare_weights(last(tmp_path / "whole"), last(tmp_path / "two"), 0)
-    finished(joint({**CASES[name], "sched": "none"}, tmp_path / "plain", 1))
+    run(joint({**CASES[name], "sched": "none"}, tmp_path / "plain", 1))
     compare_weights(last(tmp_path / "plain"), last(tmp_path / "two"))
     # A process alone goes on from what the sharded run left.
     more = {**joint(CASES[name], tmp_path / "two", 1), "epochs": 3, "sched": "none", "resume": "auto"}
-    finished(more)
+    run(more)
     assert last(tmp_path / "two")["epoch"] == 2
 
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from train.runs import SMALL, TIMES, differences, finished, last, of_training, started, summary
+from train.runs import SMALL, TIMES, differences, last, of_training, started, summary
 
 from ms_optim.errors import CommandLineError
 from ms_optim.train import checkpoint, record, run, training
@@ -49,9 +49,11 @@ def same_end(folder, other):
     assert differences(of_training(best[0]), of_training(best[1])) == []
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [name if name.startswith("ms") else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
 def test_a_run_killed_again_and_again_ends_with_the_same_bits(tmp_path, name):
-    finished(settings_of(name, tmp_path / "whole"))
+    run(settings_of(name, tmp_path / "whole"))
     folder = tmp_path / "killed"
     chance, kills, seen = random.Random(name), 0, -1.0
     while True:
