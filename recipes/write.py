@@ -203,11 +203,11 @@ def _cifar_patches(classes: int, title: str, model: str) -> Family:
 def _cifar_on_a_cpu() -> Family:
     settings = {
         "dataset": Said("torch/cifar10"),
-        "train_num_samples": Said(10000, "a fifth of the training images, always the same ones"),
+        "train_num_samples": Said(5000, "a tenth of the training images, always the same ones"),
         "model": Said("ms_optim.models:small_resnet"),
         "model_kwargs": Said({"in_channels": 3}),
         "batch_size": Said(128),
-        "epochs": Said(15),
+        "epochs": Said(10),
         "lr": Said(0.1),
         "momentum": Said(0.9),
         "weight_decay": Said(0.0005),
@@ -219,7 +219,7 @@ def _cifar_on_a_cpu() -> Family:
         Said(0.001, f"{OPEN} here; the best for this network on the digits (benchmarks/results/choosing)"),
         gradient="trace",
     )
-    title = "CIFAR-10, a fifth of it, a ResNet of 19,000 parameters"
+    title = "CIFAR-10, a tenth of it, a ResNet of 19,000 parameters"
     return Family(title, settings, own, commands=_DOWNLOADED)
 
 
@@ -249,7 +249,7 @@ def _imagenet(title: str, model: str, own: Mapping[str, Said], **training: Said)
 def _families() -> dict[str, Family]:
     found = {
         "digits_mlp": _digits(),
-        "mnist_mlp": _mnist("MLP 784-512-128-512-10", "ms_optim.models:mlp", 20),
+        "mnist_mlp": _mnist("MLP 784-512-128-512-10", "ms_optim.models:mlp", 10),
         "mnist_lenet": _mnist("LeNet", "ms_optim.models:lenet", 10),
         "cifar10_small_resnet": _cifar_on_a_cpu(),
     }
