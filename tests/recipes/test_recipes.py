@@ -14,31 +14,12 @@ from timm.optim import create_optimizer_v2
 
 from ms_optim.cli.named_object import find, is_named_object
 from ms_optim.integrations.timm import create_optimizer
+from ms_optim.train.config import read_arguments
 from recipes import write
 
 FOLDER = write.FOLDER
 NAMES = [name for name, _, _ in write.names()]
 CONTENT = {name: yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8")) for name in NAMES}
-
-# The names of all options of `python -m ms_optim.train`.
-OPTIONS = set(
-    """
-    dataset data_dir train_split val_split train_num_samples val_num_samples dataset_download class_map input_img_mode
-    input_key target_key dataset_trust_remote_code model pretrained pretrained_path initial_checkpoint resume
-    no_resume_opt num_classes gp img_size in_chans input_size crop_pct mean std interpolation batch_size
-    validation_batch_size channels_last grad_accum_steps grad_checkpointing model_kwargs torchcompile torchcompile_mode
-    device amp amp_dtype no_ddp_bb device_modules opt opt_eps opt_betas momentum weight_decay clip_grad clip_mode
-    layer_decay opt_kwargs sched sched_on_updates lr lr_base lr_base_size lr_base_scale warmup_lr min_lr epochs
-    epoch_repeats start_epoch decay_milestones decay_epochs warmup_epochs warmup_prefix cooldown_epochs patience_epochs
-    decay_rate no_aug train_crop_mode scale ratio hflip vflip color_jitter color_jitter_prob grayscale_prob
-    gaussian_blur_prob aa aug_repeats bce_loss bce_sum bce_target_thresh reprob remode recount resplit mixup cutmix
-    cutmix_minmax mixup_prob mixup_switch_prob mixup_mode mixup_off_epoch smoothing train_interpolation drop drop_path
-    drop_block bn_momentum bn_eps sync_bn dist_bn model_ema model_ema_force_cpu model_ema_decay model_ema_warmup seed
-    worker_seeding log_interval val_interval checkpoint_hist workers pin_mem no_prefetcher output experiment eval_metric
-    log_wandb wandb_project log_tensorboard preset holdout split_seed test_split label_noise crop_padding cutout
-    in_memory stem deterministic fsdp threads sharpness_interval sharpness_samples sharpness_columns
-    """.split()
-)
 
 every_recipe = pytest.mark.parametrize("name", NAMES)
 
@@ -60,9 +41,16 @@ def test_every_family_that_was_promised_has_every_optimizer():
 
 
 @every_recipe
-def test_every_key_is_an_option(name):
-    assert set(CONTENT[name]) <= OPTIONS
+def test_the_trainer_reads_every_recipe_and_every_command_in_its_heading(name):
+    text = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
     assert "device" not in CONTENT[name]  # files for the CPU and for GPUs
+    options = read_arguments(["-c", str(FOLDER / f"{name}.yaml")])
+    assert {key: getattr(options, key) for key in CONTENT[name]} == CONTENT[name]
+    commands = re.findall(r"^#  .*-m ms_optim\.train (.*)$", text, re.MULTILINE)
+    assert commands
+    for words in commands:
+        read = read_arguments(shlex.split(words))
+        assert read.config == f"recipes/{name}.yaml" and read.opt == CONTENT[name]["opt"]
 
 
 @every_recipe
