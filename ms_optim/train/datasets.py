@@ -186,7 +186,8 @@ def open_data(options: argparse.Namespace, channels: int, num_classes: int) -> O
         DataError: If it is not there, or does not fit the model.
     """
     splits.fill(options)
-    sort, _ = splits.kind(options)
+    sort, name = splits.kind(options)
+    _check_options(options, sort, name)
     mode = _mode(options, channels)
     if sort in splits.ITERABLE:
         return _open_streams(options, mode)
@@ -332,7 +333,6 @@ def _open(options: argparse.Namespace, split: str, **further: Any) -> Any:
     timm_data: Any = import_module("timm.data")
     sort, name = splits.kind(options)
     folder = splits.is_folder(sort, name)
-    _check_options(options, sort, name)
     root = options.data_dir
     if folder:
         root = Path(root)
@@ -370,7 +370,7 @@ def _check_options(options: argparse.Namespace, sort: str, name: str) -> None:
             f"--dataset-download cannot fetch {options.dataset or 'a folder of images'}: "
             + _next_move(sort, name, options.data_dir)
         )
-    if options.class_map and sort == "torch":
+    if options.class_map and sort in ("torch", "digits"):
         raise CommandLineError(
             f"--class-map is not read for {options.dataset}, whose classes have numbers; leave it out"
         )

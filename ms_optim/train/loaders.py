@@ -26,7 +26,7 @@ from .augmentation import DeviceAugmentation, Normalisation
 from .datasets import Opened, Stream, open_data
 from .images import Images, stratified
 from .in_memory import BUDGET, DoesNotFit, MemoryEvaluation, MemoryTraining, decode, in_memory
-from .order import Batch, EvaluationOrder, Purpose, Ranks, TrainingOrder, streams
+from .order import Batch, EvaluationOrder, Purpose, Ranks, TrainingOrder, integer, streams
 from .pipeline import (
     Format,
     device_augmentation,
@@ -266,7 +266,8 @@ class _Plan:
             num_workers=options.workers,
             pin_memory=options.pin_mem and self.device.type != "cpu",
             persistent_workers=persistent and options.workers > 0,
-            generator=torch.Generator(),  # else each pass over it draws from the training's stream
+            # Of the workers' seeds; without it each pass would draw from the training's stream.
+            generator=torch.Generator().manual_seed(integer(Purpose.HOST, options.seed, self.ranks.rank)),
         )
 
     def collate(self) -> tuple[Any, bool]:

@@ -91,12 +91,16 @@ class StreamBatches(IterableDataset[tuple[Tensor, Tensor]]):
             yield self._batch(rows, *key, batches)
 
     def _take_part(self, epoch: int) -> int:
-        """Tell timm's reader which worker this is, and what its shuffle starts from."""
+        """Have timm's reader begin anew, its shuffle from the epoch's seed; which worker this is."""
         reader, info = self.stream.dataset.reader, get_worker_info()
         worker = 0 if info is None else info.id
         if info is not None:
             reader.worker_info, reader.worker_id, reader.num_workers = info, info.id, info.num_workers
-        if hasattr(reader, "worker_seed"):  # of WebDataset and TensorFlow; a pipeline keeps the seed it was made with
+            reader.global_num_workers = reader.dist_num_replicas * info.num_workers
+            reader.global_worker_id = reader.dist_rank * info.num_workers + info.id
+        # WebDataset's pipeline keeps the seed that it was made with.  TensorFlow's takes that of the worker, which is
+        # the same in all epochs, and the epoch for the order of files.
+        if hasattr(reader, "worker_seed"):
             reader.worker_seed, reader.ds = integer(Purpose.ORDER, self.seed, epoch, self.rank, worker), None
         return worker
 
