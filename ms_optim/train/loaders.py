@@ -26,7 +26,7 @@ from .augmentation import DeviceAugmentation, Normalisation
 from .datasets import Opened, Stream, open_data
 from .images import Images, stratified
 from .in_memory import BUDGET, DoesNotFit, MemoryEvaluation, MemoryTraining, decode, in_memory
-from .order import Batch, EvaluationOrder, Purpose, Ranks, TrainingOrder, integer, streams
+from .order import Batch, EvaluationOrder, OneOfMany, Purpose, Ranks, TrainingOrder, integer, streams
 from .pipeline import (
     Format,
     device_augmentation,
@@ -292,7 +292,7 @@ class _Plan:
                     f"--aug-repeats {options.aug_repeats} repeats images by their places, and {images.name} is read in "
                     "one direction; leave it out"
                 )
-            images.dataset.set_loader_cfg(num_workers=options.workers)
+            images.dataset.set_loader_cfg(num_workers=max(1, options.workers))
             dataset: Any = StreamBatches(
                 images, transform, collate, options.batch_size, self.num_classes, options.seed, ranks.rank, when
             )
@@ -314,7 +314,7 @@ class _Plan:
         """Prepared by workers."""
         transform, size = evaluation_transform(self.form), self.evaluation_size
         if isinstance(images, Stream):
-            for_evaluation(images, self.ranks).dataset.set_loader_cfg(num_workers=self.options.workers)
+            for_evaluation(images, self.ranks).dataset.set_loader_cfg(num_workers=max(1, self.options.workers))
             batches = StreamBatches(
                 images, transform, _fast_collate(), size, self.num_classes, 0, self.ranks.rank, None
             )
@@ -356,7 +356,7 @@ def load(
     crop_pct: float | None,
     num_classes: int,
     device: torch.device,
-    ranks: Ranks,
+    ranks: OneOfMany,
 ) -> Data:
     """Open a run's data.
 
@@ -388,7 +388,7 @@ def load(
         per_channel[name] = tuple(values) * channels if len(values) == 1 else tuple(values)
     size = (int(channels), int(input_size[1]), int(input_size[2]))
     form = Format(size, **per_channel, interpolation=interpolation, crop_pct=crop_pct or 0.875)
-    plan = _Plan(options, form, num_classes, device, ranks)
+    plan = _Plan(options, form, num_classes, device, Ranks(ranks.rank, ranks.world))
     opened = _open_in_turn(plan)
     if isinstance(opened.train, Stream):
         if options.in_memory == "yes":
