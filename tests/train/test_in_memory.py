@@ -10,7 +10,7 @@ from train.command import batches, loaded
 from ms_optim.errors import CommandLineError
 from ms_optim.train import in_memory
 from ms_optim.train.in_memory import MemoryEvaluation, MemoryTraining
-from ms_optim.train.loaders import WorkerTraining
+from ms_optim.train.workers import WorkerTraining
 
 CROPPED = {"crop_padding": 2, "color_jitter": 0.0}
 

@@ -12,8 +12,8 @@ from train import pictures, stream_ranks
 from train.command import batches, loaded
 
 from ms_optim.errors import CommandLineError, DataError
-from ms_optim.train.loaders import WorkerTraining
 from ms_optim.train.order import Ranks
+from ms_optim.train.workers import WorkerTraining
 
 HEAVY = {
     "aa": "rand-m9-mstd0.5-inc1", "reprob": 0.5, "mixup": 0.2, "cutmix": 1.0, "cutout": 4, "hflip": 0.5, "vflip": 0.1,
