@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,37 +41,12 @@ class Network:
     tiny_shape: tuple[int, int, int]
 
 
-def _vit(classes: int, **sizes: Any) -> nn.Module:
-    """timm's vit_tiny_patch16_224 for 32×32 images in patches of 4×4."""
-    import timm
-
-    shape = {"img_size": 32, "patch_size": 4, **sizes}
-    model: nn.Module = timm.create_model("vit_tiny_patch16_224", num_classes=classes, **shape)
-    return model
-
-
 def _resnet50(classes: int) -> nn.Module:
     """timm's resnet50."""
     import timm
 
     model: nn.Module = timm.create_model("resnet50", num_classes=classes)
     return model
-
-
-def _ten(build: Callable[[], nn.Module]) -> Callable[[int], nn.Module]:
-    """A network that has ten classes and no other number."""
-
-    def checked(classes: int) -> nn.Module:
-        if classes != 10:
-            raise ValueError(f"classes must be 10 for {build.__name__}, got {classes}; mlp and resnet8 take any number")
-        return build()
-
-    return checked
-
-
-def _mlp(classes: int) -> nn.Module:
-    """The MLP of :func:`ms_optim.models.mlp` with any number of logits."""
-    return models.MLP((784, 512, 128, 512, classes))
 
 
 def _tiny_mlp(classes: int) -> nn.Module:
@@ -96,20 +70,26 @@ def _tiny_timm_resnet(classes: int) -> nn.Module:
 
 
 def _tiny_vit(classes: int) -> nn.Module:
-    return _vit(classes, img_size=8, embed_dim=8, depth=1, num_heads=2)
+    """timm's, of one block, with four tokens."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    sizes = {"img_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 2}
+    model: nn.Module = VisionTransformer(num_classes=classes, **sizes)
+    return model
 
 
 _GREY, _SMALL, _COLOUR, _TINY = (1, 28, 28), (1, 8, 8), (3, 32, 32), (3, 8, 8)
 
 NETWORKS: dict[str, Network] = {
-    "mlp": Network(_mlp, _GREY, 256, _tiny_mlp, _SMALL),
-    "lenet": Network(_ten(models.lenet), _GREY, 256, _tiny_cnn, _SMALL),
-    "small_cnn": Network(_ten(models.small_cnn), _GREY, 256, _tiny_cnn, _SMALL),
-    "small_fcnn": Network(_ten(models.small_fcnn), _GREY, 256, _tiny_mlp, _SMALL),
+    "mlp": Network(models.mlp, _GREY, 256, _tiny_mlp, _SMALL),
+    "lenet": Network(models.lenet, _GREY, 256, _tiny_cnn, _SMALL),
+    "small_cnn": Network(models.small_cnn, _GREY, 256, _tiny_cnn, _SMALL),
+    "small_fcnn": Network(models.small_fcnn, _GREY, 256, _tiny_mlp, _SMALL),
     "resnet18": Network(models.resnet18, _COLOUR, 32, _tiny_timm_resnet, _COLOUR),
-    "vit_tiny": Network(_vit, _COLOUR, 32, _tiny_vit, _TINY),
+    "vit_tiny": Network(models.vit_tiny, _COLOUR, 32, _tiny_vit, _TINY),
     "resnet8": Network(functools.partial(models.cifar_resnet, 8), _COLOUR, 64, _tiny_resnet, _TINY),
     "resnet50": Network(_resnet50, (3, 64, 64), 16, _tiny_timm_resnet, _COLOUR),
+    "resnet50_224": Network(_resnet50, (3, 224, 224), 16, _tiny_timm_resnet, _COLOUR),
 }
 
 Problem = tuple[nn.Module, Tensor, Tensor]

@@ -1,7 +1,8 @@
 """Tables in Markdown from raw results: claim, goal, what was measured, verdict; failures and misses included.
 
 ``python -m benchmarks.render`` writes ``results/<claim>/table.md`` from the newest run of every claim on the CPU and,
-for scripts that take ``--device cuda``, from the newest one on a GPU; what was never measured there says so.
+for scripts that take ``--device cuda``, from the newest one on a GPU; what was never measured there says so, and so do
+the claims of a script that has a folder and no results.
 
 A script has ``CLAIMS``, or ``body(runs)``, Markdown in the place of their table.  It may have ``details(runs)``, which
 follows the claims, and ``draw(runs, path)``, which makes the figure that its details show.
@@ -158,6 +159,9 @@ def pages(name: str, folder: Path) -> str:
     script = importlib.import_module(f"benchmarks.{name}")
     found = {path.parent for path in folder.glob("*/runs.jsonl")}
     parts = []
+    if not found:
+        title = f"# {str(script.__doc__).splitlines()[0]}"
+        parts = ["\n".join([title, "", *claims_table(getattr(script, "CLAIMS", ()), [])]) + "\n"]
     for device in getattr(script, "DEVICES", ("cpu",)):
         mine = [path for path in found if ("_cuda_" in path.name) == (device == "cuda")]
         if not mine:

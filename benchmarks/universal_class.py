@@ -22,11 +22,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-import multiprocessing
 import os
-import statistics
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +34,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ms_optim
+from ms_optim import sweep
+from ms_optim.demo.report import mean_and_error
+from ms_optim.sweep import Difference, Result, Trial
 
 from . import networks
 from .harness import RESULTS, Run, environment, folder_name, record
@@ -43,6 +44,7 @@ from .harness import RESULTS, Run, environment, folder_name, record
 BASE: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
 BATCH, HELD_OUT = 128, 5_000
 TUNING_SEED, FRESH_SEEDS = 1_000, 5
+_SETTINGS = ("problem", "optimizer", "setting", "seed", "full")
 Grid = tuple[dict[str, float], ...]
 
 
@@ -175,16 +177,16 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     return float((logits.argmax(1).eq(y) & logits.isfinite().all(1)).double().mean())
 
 
-def trained(job: tuple[str, str, dict[str, float], int, str, bool]) -> Run:
-    """Train once.
+def trained(settings: Mapping[str, Any]) -> dict[str, float]:
+    """Train once: the function of the sweep.
 
     Args:
-        job: Problem, optimizer, setting, seed, stage (``"tuning"`` or ``"fresh"``), and whether at full size.
+        settings: ``problem``, ``optimizer``, ``setting``, ``seed`` and ``full``, whether at full size.
 
     Returns:
-        One line. The test images are looked at in the stage ``"fresh"`` alone.
+        Accuracy on each part. The test images are looked at from fresh seeds alone.
     """
-    name, optimizer_name, setting, seed, stage, full = job
+    name, optimizer_name, setting, seed, full = (settings[key] for key in _SETTINGS)
     torch.set_num_threads(1)
     problem = PROBLEMS[name]
     data = drawn(problem, seed, full)
@@ -211,25 +213,24 @@ def trained(job: tuple[str, str, dict[str, float], int, str, bool]) -> Run:
             optimizer.step(closure)  # type: ignore[arg-type]  # torch asks for a float, and documents a tensor
             schedule.step()
     found = {"train": data.train, "held_out": data.held_out}
-    if stage == "fresh":
+    if seed != TUNING_SEED:
         found["test"] = data.test
-    shared = {"network": name, "contender": optimizer_name, "round": seed, "stage": stage, "setting": setting}
-    return {**shared, **{part: accuracy(model, *images) for part, images in found.items()}}
+    return {part: accuracy(model, *images) for part, images in found.items()}
 
 
-def chosen(runs: Sequence[Run], problem: str, optimizer: str) -> dict[str, float] | None:
-    """The setting with the largest held-out accuracy; the first of equals.
+def line_of(result: Result) -> Run:
+    """What is kept of a trial.
 
     Args:
-        runs: All lines.
-        problem: The problem.
-        optimizer: The optimizer.
+        result: Of the sweep.
 
     Returns:
-        The setting; ``None`` if there was no trial.
+        One line.
     """
-    mine = [r for r in runs if (r["network"], r["contender"], r["stage"]) == (problem, optimizer, "tuning")]
-    return max(mine, key=lambda run: run["held_out"])["setting"] if mine else None
+    trial = result.trial
+    shared = {"network": trial.problem, "contender": trial.method, "round": trial.seed, "stage": trial.stage}
+    found = {"failed": result.error} if result.error else dict(result.outcome)
+    return {**shared, "setting": trial.settings["setting"], **found}
 
 
 def at_edge(optimizer: str, setting: dict[str, float]) -> bool:
@@ -242,23 +243,7 @@ def at_edge(optimizer: str, setting: dict[str, float]) -> bool:
     Returns:
         Whether it is.
     """
-    grid = GRIDS[optimizer][1]
-    ends = {name: {f(s[name] for s in grid) for f in (min, max)} for name in setting}
-    # Off is no edge: there is nothing below.
-    return any(value in ends[name] and value != 0 for name, value in setting.items())
-
-
-def middle(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard error.
-
-    Args:
-        values: At least one.
-
-    Returns:
-        Both; the error of one value is NaN.
-    """
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return statistics.fmean(values), error
+    return any(sweep.at_edge(value, [each[name] for each in GRIDS[optimizer][1]]) for name, value in setting.items())
 
 
 def body(runs: Sequence[Run]) -> list[str]:
@@ -283,13 +268,12 @@ def body(runs: Sequence[Run]) -> list[str]:
         setting = next(run["setting"] for run in runs if run["stage"] == "fresh" and key(run) == (problem, optimizer))
         text = ", ".join(f"{name} = {value:g}" for name, value in setting.items())
         edge = " (edge of its grid)" if at_edge(optimizer, setting) else ""
-        mean, error = middle(list(mine.values()))
+        mean, error = mean_and_error(list(mine.values()))
         sam = fresh(runs, problem, "SAM")
-        pairs = [mine[seed] - sam[seed] for seed in mine if seed in sam]
-        difference, spread = middle(pairs) if pairs else (math.nan, math.nan)
-        word = "the reference" if optimizer == "SAM" else found_difference(difference, spread)
-        apart = "" if optimizer == "SAM" else f"{difference:+.2f} ± {spread:.2f}"
-        cells = (problem, optimizer, text + edge, f"{mean:.2f} ± {error:.2f}", apart, str(len(mine)), word)
+        apart = Difference.of([mine[seed] - sam[seed] for seed in mine if seed in sam])
+        word = "the reference" if optimizer == "SAM" else found_difference(apart.mean, apart.error)
+        difference = "" if optimizer == "SAM" else f"{apart.mean:+.2f} ± {apart.error:.2f}"
+        cells = (problem, optimizer, text + edge, f"{mean:.2f} ± {error:.2f}", difference, str(len(mine)), word)
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -310,7 +294,7 @@ def fresh(runs: Sequence[Run], problem: str, optimizer: str) -> dict[int, float]
     Returns:
         Seed → per cent.
     """
-    mine = [run for run in runs if key(run) == (problem, optimizer) and run["stage"] == "fresh"]
+    mine = [run for run in runs if key(run) == (problem, optimizer) and "test" in run]
     return {run["round"]: 100 * run["test"] for run in mine}
 
 
@@ -342,8 +326,8 @@ def details(runs: Sequence[Run]) -> list[str]:
     lines += ["| setting | optimizer | trials |", "| --- | --- | --- |"]
     for problem, optimizer in itertools.product(PROBLEMS, GRIDS):
         cells = [
-            f"{'/'.join(f'{value:g}' for value in run['setting'].values())}: {100 * run['held_out']:.2f} "
-            f"({100 * run['train']:.1f})"
+            f"{'/'.join(f'{value:g}' for value in run['setting'].values())}: "
+            + ("failed" if "failed" in run else f"{100 * run['held_out']:.2f} ({100 * run['train']:.1f})")
             for run in runs
             if key(run) == (problem, optimizer) and run["stage"] == "tuning"
         ]
@@ -352,41 +336,39 @@ def details(runs: Sequence[Run]) -> list[str]:
     return lines
 
 
-def measure(full: bool, workers: int, keep: Callable[[list[Run]], object]) -> list[Run]:
+def measure(full: bool, workers: int, folder: Path, keep: Callable[[list[Run]], object]) -> list[Run]:
     """Tune, then train from fresh seeds.
 
     Args:
         full: At full size, or a trial.
         workers: Processes; 0: this one.
+        folder: Of the sweep's records.
         keep: Is given all lines whenever there are more.
 
     Returns:
         The lines.
     """
+    trials = [
+        Trial(dict(zip(_SETTINGS, (problem, optimizer, setting, TUNING_SEED, full), strict=True)), optimizer, problem)
+        for problem, optimizer in itertools.product(PROBLEMS, GRIDS)
+        for setting in (GRIDS[optimizer][1] if full else GRIDS[optimizer][1][:1])
+    ]
     runs: list[Run] = []
 
-    def take(found: Iterable[Run]) -> None:
-        for run in found:
-            runs.append(run)
-            keep(runs)
+    def listener(result: Result, count: int, total: int) -> None:
+        runs.append(line_of(result))
+        keep(runs)
 
-    # Not by fork: a process forked after torch has started its threads can hang.
-    with ProcessPoolExecutor(max(1, workers), multiprocessing.get_context("spawn")) as pool:
-        each: Callable[..., Iterable[Run]] = pool.map if workers else map
-        pairs = list(itertools.product(PROBLEMS, GRIDS))
-        trials = [
-            (problem, optimizer, setting, TUNING_SEED, "tuning", full)
-            for problem, optimizer in pairs
-            for setting in (GRIDS[optimizer][1] if full else GRIDS[optimizer][1][:1])
-        ]
-        take(each(trained, trials))
-        final = [
-            (problem, optimizer, chosen(runs, problem, optimizer), seed, "fresh", full)
-            for problem, optimizer in pairs
-            for seed in range(FRESH_SEEDS if full else 2)
-        ]
-        take(each(trained, final))
-    return runs
+    results = sweep.choose_and_report(
+        trials,
+        range(FRESH_SEEDS if full else 2),
+        "benchmarks.universal_class:trained",
+        folder,
+        sweep.Resources(workers, trials_per_process=math.inf),  # a training takes seconds, as does a new process
+        metric="held_out",
+        listener=listener,
+    )
+    return [line_of(result) for result in results]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -400,6 +382,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1, help="of torch in this process; workers have one each")
     parser.add_argument("--workers", type=int, help="processes (default: 2, none for smoke)")
     parser.add_argument("--out", type=Path, help="folder of results/<claim>/ (default: here for cpu, none for smoke)")
+    parser.add_argument("--records", type=Path, help="folder of the sweep, to go on where it stopped (default: none)")
     options = parser.parse_args(arguments)
     full = options.scale == "cpu"
     torch.set_num_threads(options.threads)
@@ -412,7 +395,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             record(out / "universal_class" / folder_name(described), described, runs)
 
     workers = options.workers if options.workers is not None else 2 if full else 0
-    runs = measure(full, workers, keep)
+    with tempfile.TemporaryDirectory() as nowhere:
+        runs = measure(full, workers, options.records or Path(nowhere), keep)
     keep(runs)
 
     from .render import table  # the renderer imports the scripts, whose tables it prints

@@ -52,6 +52,10 @@ class StateError(MsOptimError, ValueError):
     """A ``state_dict`` that belongs to another model or to another optimizer."""
 
 
+class DivergedError(MsOptimError, FloatingPointError):
+    """A training whose loss is not finite any more."""
+
+
 class UnsupportedError(MsOptimError, NotImplementedError):
     """A combination that the package does not support yet, named together with what to do instead."""
 

@@ -20,17 +20,20 @@ from benchmarks import (
     networks,
     paper_efficiency,
     sam_peers,
+    throughput,
     trace_growth,
     universal_class,
 )
 from benchmarks.harness import Claim, Summary, evaluate, folder_name, paired, record, verdict
 from benchmarks.memory import lift, peak_above
 from benchmarks.render import CUDA_MISSING, claims_table, matrix, pages, side_by_side
+from ms_optim.sweep import Result, Trial
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [
     *("trace_speed", "overhead", "refresh_memory", "paper_efficiency", "diagonal_error"),
-    *("peers", "equal_time", "trace_limit", "conformance", pytest.param("trace_growth", marks=pytest.mark.slow)),
+    *("peers", "equal_time", "trace_limit", "conformance", "throughput"),
+    pytest.param("trace_growth", marks=pytest.mark.slow),
     pytest.param("flat_minima", marks=pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")),
     pytest.param("universal_class", marks=pytest.mark.skipif(not hasattr(ms_optim, "FrobSAM"), reason="no FrobSAM")),
 ]
@@ -277,6 +280,25 @@ def test_a_page_has_the_newest_run_of_each_device(tmp_path):
     assert "on the card" in page and "\n## The exact trace" in page and "not measured\n" not in page[-20:]
 
 
+def test_a_claim_that_was_measured_nowhere_says_so_in_every_row(tmp_path):
+    page = pages("throughput", tmp_path)
+    assert page.startswith("# On a GPU two passes train on half as many") and page.endswith(CUDA_MISSING)
+    rows = [line for line in page.splitlines() if line.startswith("| resnet")]
+    assert len(rows) == 8 and all("| not measured |" in row for row in rows)
+    committed = ROOT / "benchmarks" / "results" / "throughput"
+    assert (committed / "table.md").read_text(encoding="utf-8") == pages("throughput", committed)
+
+
+def test_images_per_second_are_those_of_a_hundred_steps_of_which_one_has_a_refresh():
+    runs = throughput.timed("resnet18", False, "cpu", throughput.Effort(3, 2, 1, 1, 1, "eager"))
+    found = {run["contender"]: run for run in runs}
+    assert set(found) == set(throughput.ORDER)
+    for method in (throughput.MOVE, throughput.NOISE):
+        without, with_one = (found[method + kind]["seconds"] for kind in (throughput.WITHOUT, throughput.WITH))
+        assert found[method]["seconds"] == pytest.approx(0.99 * without + 0.01 * with_one)
+    assert all(run["images_per_second"] == 3 / run["seconds"] for run in runs)
+
+
 def test_time_of_naive_is_extrapolated_linearly_in_the_entries():
     # 2 s for forward and gradient, and half a second for each entry
     assert paper_efficiency.extrapolated(2.0 + 0.5 * 200, 200, 2.0, 16330) == pytest.approx(2.0 + 0.5 * 16330)
@@ -343,23 +365,25 @@ def test_points_of_the_figure_are_medians_over_the_seeds():
     assert diagonal_error.points(runs, "net") == [("ours, exact", 2, 4, 6)]
 
 
-def trial(optimizer, setting, held_out):
-    shared = {"network": "20 % label noise", "contender": optimizer, "round": 0, "stage": "tuning", "train": 1.0}
-    return {**shared, "setting": setting, "held_out": held_out}
-
-
 def fresh(optimizer, setting, *accuracies):
     shared = {"network": "20 % label noise", "contender": optimizer, "stage": "fresh", "setting": setting}
     return [{**shared, "round": i, "train": 1.0, "held_out": 0.5, "test": a} for i, a in enumerate(accuracies)]
 
 
-def test_settings_are_chosen_on_held_out_images_and_every_optimizer_has_as_many():
+def test_every_optimizer_has_as_many_settings_and_the_edge_of_its_grid_is_marked():
     assert {len(grid) for _, grid in universal_class.GRIDS.values()} == {9}
-    runs = [trial("SAM", {"rho": rho}, found) for rho, found in ((0.1, 0.7), (0.2, 0.9), (0.4, 0.9))]
-    assert universal_class.chosen(runs, "20 % label noise", "SAM") == {"rho": 0.2}
-    assert universal_class.chosen(runs, "a tenth of the data", "SAM") is None
     assert universal_class.at_edge("SAM", {"rho": 3.2}) and not universal_class.at_edge("SAM", {"rho": 0.2})
     assert not universal_class.at_edge("SGD", {"weight_decay": 0.0})
+
+
+def test_a_line_says_what_the_sweep_found_or_how_it_failed():
+    settings = {"problem": "p", "optimizer": "SAM", "setting": {"rho": 0.1}, "seed": 3, "full": True}
+    trial = Trial(settings, "SAM", "p", "fresh")
+    shared = {"network": "p", "contender": "SAM", "round": 3, "stage": "fresh", "setting": {"rho": 0.1}}
+    assert universal_class.line_of(Result(trial, "finished", {"test": 0.5})) == {**shared, "test": 0.5}
+    lost = universal_class.line_of(Result(trial, "failed", error="killed"))
+    assert lost == {**shared, "failed": "killed"}
+    assert universal_class.fresh([lost], "p", "SAM") == {}
 
 
 def test_a_difference_to_sam_is_paired_by_seed_and_counts_beyond_two_standard_errors():

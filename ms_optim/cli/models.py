@@ -161,9 +161,9 @@ def make_model(options: argparse.Namespace, state: State | None = None) -> nn.Mo
     if options.num_classes is not None:
         arguments["num_classes"] = options.num_classes
     if options.model.startswith(_SOURCES) or ":" not in options.model:
-        model = _of_timm(options.model, arguments)
+        model = timm_model(options.model, arguments)
         classes = None if state is None or "num_classes" in arguments else _classes_in(state, model)
-        return model if classes is None else _of_timm(options.model, {**arguments, "num_classes": classes})
+        return model if classes is None else timm_model(options.model, {**arguments, "num_classes": classes})
     found = find(options.model, "--model")
     if isinstance(found, nn.Module):
         if arguments:
@@ -175,8 +175,19 @@ def make_model(options: argparse.Namespace, state: State | None = None) -> nn.Mo
     return made
 
 
-def _of_timm(name: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """A model of timm's."""
+def timm_model(name: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """Make a model of timm's.
+
+    Args:
+        name: Of the architecture.
+        arguments: Of ``timm.create_model``.
+
+    Returns:
+        The module.
+
+    Raises:
+        CommandLineError: If timm has no such architecture, or cannot make it.
+    """
     import timm  # here, so that --help does not wait for it
 
     plain = not name.startswith(_SOURCES)

@@ -28,7 +28,7 @@ TRAINING_IMAGES = 1000
 STARTS = ("usual", "rescaled")
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "mlp": lambda: models.MLP((64, 128, 128, 10)),
+    "mlp": models.digits_mlp,
     "resnet": models.small_resnet,
 }
 

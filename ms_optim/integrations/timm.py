@@ -9,6 +9,22 @@ Importing this file registers
     msoptimasam       ASAM (official)       msoptimasamadamw      ASAM around AdamW
     msreg             MSRegularizedSGD
 
+and of the literature, each around SGD,
+
+    msoptimsamon                SAMON                   msoptimsagm         SAGM *
+    msoptimfriendlysam          FriendlySAM             msoptimstablesam    StableSAM *
+    msoptimrsam                 RSAM                    msoptimgsam         GSAM *
+    msoptimtracesam             TraceSAM                msoptimlooksam      LookSAM *
+    msoptimrandomperturbation   RandomPerturbation      msoptimtiltedsam    TiltedSAM *
+    msoptimweissi               WEISSI                  msoptimfrobsam      FrobSAM *
+                                                        msoptimdetsam       DetSAM *
+
+Those with an asterisk descend along a combination of several passes' gradients.  A loop that calls ``backward`` once
+has only the last: they refuse it, and need explicit passes (which ``python -m ms_optim.train`` makes) or a closure.
+SAMON finds the normalisation layers itself, and says so where a model has none.  Two are not here: BAR, which has to be
+given its pairs of factors, and UniversalSAM, given a triple of functions that no command line can name (Frob and Det
+are such triples).
+
 Those without ``adamw`` are built around timm's ``sgd``, so with Nesterov momentum (``nesterov=False`` gives the
 classical one).  About the names:
 
@@ -17,7 +33,9 @@ classical one).  About the names:
 * ``msoptim`` stands for this package: timm may have a ``sam`` or ``asam`` of its own one day.  A name that timm has
   taken is an error here, since registering it again would replace timm's optimizer.
 * Where the learning rate comes from ``--lr-base``, timm scales it with the square root of the batch size if the name
-  contains ``ada`` or ``lamb``, else linearly.  Ours contain ``ada`` where the base optimizer is AdamW, and scale alike.
+  contains ``ada`` or ``lamb``, else linearly.  It looks for the letters anywhere, so a name may contain them by
+  accident, as a class AdaptiveSAM around SGD would.  Ours contain ``ada`` where the base optimizer is AdamW and nowhere
+  else, so they scale as their base does; a test holds it.
 
 timm gives an optimizer nothing but groups of parameters, and a layer's weight and bias in different ones.  The model
 shows itself in the first training forward (:mod:`~ms_optim.optim.binding`).  If it is a :class:`timm.task.TrainingTask`
@@ -27,8 +45,9 @@ clipping, loss scaling and data parallelism as they are.  The task's average of 
 1.0.27) is rescaled along with the weights; of averages elsewhere the optimizer cannot know (``register_rescale_hook``,
 or ``rebalance="metric"``, which moves nothing).
 
-In loops without a task, optimizers of one pass work as they are: ``msreg``, and the others with ``ascent="momentum"``
-or ``"previous"``.
+In loops without a task, optimizers of one pass work as they are: ``msreg``, ``msoptimtracesam``,
+``msoptimrandomperturbation``, ``msoptimweissi``, and every SAM, ASAM and MSSAM with ``ascent="momentum"`` or
+``"previous"``.
 """
 
 from __future__ import annotations
@@ -42,7 +61,27 @@ from torch import Tensor, nn
 
 from ..curvature.parallel import unwrapped
 from ..errors import OptimizerError
-from ..optim import ASAM, MSSAM, SAM, MSRegularizedSGD, SharpnessAware
+from ..optim import (
+    ASAM,
+    GSAM,
+    MSSAM,
+    RSAM,
+    SAGM,
+    SAM,
+    SAMON,
+    WEISSI,
+    DetSAM,
+    FriendlySAM,
+    FrobSAM,
+    LookSAM,
+    MSRegularizedSGD,
+    RandomPerturbation,
+    SharpnessAware,
+    StableSAM,
+    TiltedSAM,
+    TraceSAM,
+    catalogue,
+)
 from ..optim.binding import LOSS_MODULES
 from ..symmetry import Group
 from ..symmetry.optimizer_state import STATE_EXPONENTS
@@ -81,6 +120,14 @@ OPTIMIZERS: dict[str, tuple[type[SharpnessAware], dict[str, Any], str]] = {
     "msoptimasam": (ASAM, _SGD, _ASAM),
     "msoptimasamadamw": (ASAM, _ADAMW, f"{_ASAM}, around AdamW"),
 }
+_LITERATURE: tuple[type[SharpnessAware], ...] = (
+    *(SAMON, FriendlySAM, RSAM, TraceSAM, RandomPerturbation, WEISSI),
+    *(SAGM, StableSAM, GSAM, LookSAM, TiltedSAM, FrobSAM, DetSAM),
+)
+for _kind in _LITERATURE:
+    _row = catalogue.OPTIMIZERS[_kind.__name__]
+    _said = f"{_kind.__name__}: {_row.formula} (arXiv {_row.source.removeprefix('after ')})"
+    OPTIMIZERS[f"msoptim{_kind.__name__.lower()}"] = (_kind, _SGD, _said)
 
 
 def register(registry: Any = default_registry) -> None:

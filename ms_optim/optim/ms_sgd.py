@@ -101,7 +101,8 @@ class MSRegularizedSGD(SharpnessAware):
 
             yield draw
             there = self.held_gradients()
-            yield [None if z is None else -z for z in drawn.pop()]
+            # (A loss of no module, in the first step: noise waits for a model that could be called, in vain.)
+            yield [None if z is None else -z for z in drawn.pop()] if drawn else None
             self.average_with(there)
         else:
             yield None

@@ -137,7 +137,7 @@ WRONG_FILES = {
     "has more": (lambda: {**other_weights(), "head": torch.ones(1)}, "it has head, which the model has not"),
     "another": (lambda: {"a": torch.ones(1)}, "it lacks 1.weight, 1.bias, 3.weight and 1 more; it has a, which"),
     "other shape": (lambda: {**other_weights(), "1.bias": torch.ones(3)}, r"1.bias has shape \(3,\) there and \(12,\)"),
-    "a module": (project.network, r"only running code could restore \(ms_optim.models.MLP, torch.nn"),
+    "a module": (project.network, r"only running code could restore \(ms_optim.models.chains.MLP, torch.nn"),
     "an object": (lambda: {"state_dict": other_weights(), "extra": Foreign()}, "only running code could restore"),
     "a tensor": (lambda: torch.ones(3), "holds a Tensor; save the model's state_dict"),
     "no weights": (lambda: {"epoch": 3, "args": {}}, "has no weights .*; it holds epoch, args"),

@@ -15,12 +15,27 @@ from torch.nn.functional import cross_entropy
 
 import ms_optim
 import ms_optim.integrations.timm as integration
-from ms_optim.errors import OptimizerError
+from ms_optim.errors import OptimizerError, UnsupportedError
 from ms_optim.integrations.timm import OPTIMIZERS, TASKS, create_optimizer, register
 
 NAMES = list(OPTIMIZERS)
-OFF = {name: {"strength": 0.0} if name == "msreg" else {"rho": 0.0} for name in NAMES}
+# Those that descend along several passes' gradients: explicit passes drive them, and a loop with one backward does not.
+COMBINED = [name for name in NAMES if OPTIMIZERS[name][0].combines_passes]
+IN_LOOPS = [name for name in NAMES if name not in COMBINED]
+OF_ONE_PASS = ["msreg", "msoptimtracesam", "msoptimrandomperturbation", "msoptimweissi"]
+PENALTIES = ["msreg", "msoptimweissi"]  # added in the step
+# What switches a name's own part off.
+OFF = {
+    "msreg": {"strength": 0.0},
+    "msoptimweissi": {"strength": 0.0, "sparsity": 0.0},
+    "msoptimsagm": {"rho": 0.0, "alpha": 0.0},
+    "msoptimtiltedsam": {"rho": 0.0, "sigma": 0.0},
+    "msoptimfrobsam": {"strength": 0.0},
+    "msoptimdetsam": {"strength": 0.0},
+}
+OFF = {name: OFF.get(name, {"rho": 0.0}) for name in NAMES}
 every_name = pytest.mark.parametrize("name", NAMES)
+in_loops = pytest.mark.parametrize("name", IN_LOOPS)
 # In such a loop the penalty is added after unscaling, so that nothing stands in its way but the refusal.
 has_tasks = bool(TASKS) and hasattr(TASKS[0], "get_trainable_module")
 with_tasks = pytest.mark.skipif(not has_tasks, reason="timm before 1.0.27 has no such tasks")
@@ -30,10 +45,15 @@ def rebalances(name):
     return name.startswith("ms") and not name.startswith("msoptim")
 
 
-def built(name, network=mlp, build=create_optimizer_v2, **options):
+def small(name):
+    """A network to try it on: SAM-ON needs a normaliser."""
+    return convnet if name == "msoptimsamon" else mlp
+
+
+def built(name, network=None, build=create_optimizer_v2, **options):
     """A network and its optimizer, by name; two groups, as timm makes them of weights and of biases."""
     torch.manual_seed(0)
-    model = network()
+    model = (network or small(name))()
     if rebalances(name):
         options = {"refresh_every": 2, "group": known_group(model), **options}
     return model, build(model, name, **{"lr": 0.05, "weight_decay": 1e-3, **options})
@@ -88,6 +108,7 @@ def explicit(model, optimizer, batches, clip=None):
             with gradient_pass:
                 loss = cross_entropy(model(x), y)
                 loss.backward()
+                gradient_pass.loss = loss.detach()  # which some weigh their gradients by
             if gradient_pass.first:
                 losses.append(loss.item())
         if clip is not None:
@@ -106,6 +127,15 @@ def test_the_names_are_in_timms_registry_and_none_was_taken():
         assert timm.optim.get_optimizer_class(name, bind_defaults=False) is kind
         assert kind.__name__ in (ms_optim.__all__)
         assert "(ms_optim)" in timm.optim.get_optimizer_info(name).description
+
+
+def test_every_optimizer_of_the_package_is_registered_or_needs_what_no_command_line_can_give():
+    known = {kind for kind, _, _ in OPTIMIZERS.values()}
+    kinds = {getattr(ms_optim, name) for name in ms_optim.optim.catalogue.OPTIMIZERS if name in ms_optim.__all__}
+    assert kinds - known == {ms_optim.BAR, ms_optim.UniversalSAM}
+    for name, (kind, _, _) in OPTIMIZERS.items():
+        assert name.removesuffix("adamw") in ("mssam", "msreg", f"msoptim{kind.__name__.lower()}")
+        assert all(word in integration.__doc__ for word in (name, kind.__name__))
 
 
 def test_no_name_has_an_underscore_and_a_stray_one_finds_nothing():
@@ -158,7 +188,7 @@ def test_an_optimizer_is_created_by_name(name, build):
     assert type(optimizer.base) is (torch.optim.AdamW if adam else torch.optim.SGD)
     assert sorted(group["weight_decay"] for group in optimizer.param_groups) == [0.0, 1e-3]
     for group in optimizer.param_groups:
-        assert group["lr"] == 0.05 and all(group[key] == 0.3 for key in OFF[name])
+        assert group["lr"] == 0.05 and all(group.get(key, 0.3) == 0.3 for key in OFF[name])
         assert adam or (group["momentum"], group["nesterov"]) == (0.8, True)
     assert optimizer.model is (model if build is create_optimizer else None)
     assert not getattr(optimizer, "is_second_order", False)
@@ -174,7 +204,7 @@ def test_options_of_timm_go_where_they_belong(name):
         assert (group.get("eps"), group.get("betas")) == expected
     _, optimizer = built(name, layer_decay=0.5)
     assert all("lr_scale" in group for group in optimizer.param_groups)
-    (key,) = OFF[name]
+    key = next(iter(OFF[name]))
 
     def groups(model):
         return [{"params": model[0].parameters(), key: 0.7}, {"params": model[2:].parameters()}]
@@ -200,12 +230,14 @@ def test_other_names_are_refused(wrong):
 
 
 @with_tasks
-@every_name
+@in_loops
 @pytest.mark.parametrize("network", [mlp, convnet])
 @pytest.mark.parametrize("clip", [None, 0.1])
 def test_the_stock_loop_with_a_task_makes_the_passes(name, network, clip):
-    if name == "msreg" and clip:
+    if name in PENALTIES and clip:
         pytest.skip("its penalty is added in the step, after clipping")
+    if name == "msoptimsamon":
+        network = small(name)
     model, optimizer = built(name, network)
     torch.manual_seed(1)
     losses = stock_loop(task_of(model), optimizer, samples(model, 5), clip=clip)
@@ -217,11 +249,11 @@ def test_the_stock_loop_with_a_task_makes_the_passes(name, network, clip):
 
 
 @with_tasks
-@pytest.mark.parametrize("name", NAMES)
+@in_loops
 def test_a_loss_scale_changes_nothing(name):
     found = []
     for scaler in (None, NativeScaler("cpu")):
-        model, optimizer = built(name, lambda: mlp().float())
+        model, optimizer = built(name, lambda: small(name)().float())
         batches = [(x.float(), y) for x, y in samples(model, 4)]
         stock_loop(task_of(model), optimizer, batches, scaler=scaler)
         found.append(everything(model, optimizer))
@@ -257,8 +289,9 @@ def test_accumulation_perturbs_for_each_of_the_parts(clip):
         torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-13)
 
 
+# Noise of one pass stays until the step.
 @with_tasks
-@every_name
+@pytest.mark.parametrize("name", [name for name in IN_LOOPS if name not in OF_ONE_PASS or name in PENALTIES])
 def test_between_the_parts_of_a_step_the_weights_are_themselves(name):
     model, optimizer = built(name, convnet, refresh_every=1000)
     task = task_of(model)
@@ -275,7 +308,7 @@ def test_between_the_parts_of_a_step_the_weights_are_themselves(name):
 
 
 @with_tasks
-@every_name
+@in_loops
 def test_without_its_own_part_it_is_timms_optimizer_bit_for_bit(name):
     model, optimizer = built(name, convnet, rebalance=None, **OFF[name])
     torch.manual_seed(1)
@@ -317,7 +350,36 @@ def test_a_task_that_is_found_in_a_call_with_keywords_says_so():
     optimizer.step()
 
 
-@every_name
+@with_tasks
+@pytest.mark.parametrize("name", COMBINED)
+def test_what_combines_gradients_refuses_a_loop_of_one_backward_and_takes_explicit_passes(name):
+    for build in (create_optimizer, create_optimizer_v2):
+        model, optimizer = built(name)
+        task, ((x, y),) = task_of(model), samples(model, 1)
+        before = everything(model, optimizer)
+        with pytest.raises(UnsupportedError, match=f"{type(optimizer).__name__} descends along a combination"):
+            if build is create_optimizer:
+                build(task, name, lr=0.05)
+            task(x, y)["loss"].backward()
+        assert same(before, everything(model, optimizer))
+    model, optimizer = built(name, build=create_optimizer)
+    batches = samples(model, 1) * 20
+    losses = explicit(model, optimizer, batches)
+    assert losses[-1] < losses[0] and optimizer.steps == 20
+
+    torch.manual_seed(0)
+    other = small(name)()
+    plain = create_optimizer_v2(other, "sgd", lr=0.05, weight_decay=1e-3)
+    model, optimizer = built(name, build=create_optimizer, **OFF[name])
+    for x, y in batches:
+        plain.zero_grad()
+        cross_entropy(other(x), y).backward()
+        plain.step()
+    explicit(model, optimizer, batches)
+    assert same(list(model.parameters()), list(other.parameters()))
+
+
+@in_loops
 def test_a_loop_without_a_task_takes_one_pass_or_says_what_is_missing(name):
     def loop(model, optimizer):
         for x, y in samples(model, 4):
@@ -325,10 +387,12 @@ def test_a_loop_without_a_task_takes_one_pass_or_says_what_is_missing(name):
             cross_entropy(model(x), y).backward()
             optimizer.step()
 
-    if name != "msreg":
+    if name not in OF_ONE_PASS:
         with pytest.raises(OptimizerError, match="attach"):
             loop(*built(name))
-    for ascent in ({},) if name == "msreg" else ({"ascent": "momentum"}, {"ascent": "previous"}):
+    takes_ascent = OPTIMIZERS[name][0] in (ms_optim.SAM, ms_optim.ASAM, ms_optim.MSSAM)
+    ascents = ({"ascent": "momentum"}, {"ascent": "previous"}) if takes_ascent else ()
+    for ascent in ({},) if name in OF_ONE_PASS else ascents:
         model, optimizer = built(name, **ascent)
         loop(model, optimizer)
         other, its = built(name, build=create_optimizer, **ascent)
@@ -370,7 +434,7 @@ def test_averaging_sees_no_perturbed_weights():
     assert same(list(model.state_dict().values()), list(average.state_dict().values()))
 
 
-RESUMED = [(name, scaled) for name in NAMES for scaled in (False, True)]
+RESUMED = [(name, scaled) for name in IN_LOOPS for scaled in (False, True)]
 
 
 @with_tasks

@@ -71,6 +71,7 @@ def closure_of(optimizer, loss_of):
 TEMPLATE = [
     pytest.param(name, how, options, id=f"{name}-{how}")
     for name in OPTIMIZERS
+    if name != "msoptimsamon"  # which needs a normaliser
     for how, options in (
         ("functions", functional(name)),
         # Of one layer nothing can be balanced; MSReg's trace is that of a classifier, which this is not.

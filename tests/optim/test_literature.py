@@ -620,3 +620,32 @@ def test_every_one_of_them_learns_a_batch(network, kind, options):
     losses = [float(optimizer.step(closure_of(model, optimizer, x, y)).detach()) for _ in range(8)]
     assert losses[-1] < losses[0] - 0.02
     assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:no module that owns all the parameters")
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (ms_optim.TiltedSAM, {"rho": 0.1, "sigma": 0.1}),
+        (ms_optim.MSRegularizedSGD, {"gradient": "antithetic", "rebalance": None, "strength": 1e-3}),
+    ],
+    ids=["TiltedSAM", "MSReg[antithetic]"],
+)
+def test_noise_that_several_passes_share_is_drawn_for_a_loss_of_no_module_from_the_second_step_on(kind, options):
+    torch.manual_seed(0)
+    weight, x = torch.randn(3, 5, requires_grad=True), torch.randn(7, 5)
+    optimizer = kind([weight], lr=0.01, momentum=0.0, **options)
+    seen = []
+
+    def closure():
+        optimizer.zero_grad()
+        seen.append(weight.detach().clone())
+        loss = (x @ weight.T).square().sum()
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        optimizer.step(closure)
+    second = seen[len(seen) // 2 :]
+    assert not any(torch.equal(point, second[0]) for point in second[1:])
+    assert closure().item() < (x @ seen[0].T).square().sum().item()

@@ -128,7 +128,8 @@ class TiltedSAM(SharpnessAware):
                 if self.expects_overflow and not math.isfinite(inner(self.gradients(), self.gradients(), ones)):
                     overflowed = self.held_gradients()  # which the loss scaler is to see in the end
                 step = ascent(self.gradients(), self.scales("weights"), rho, self.expects_overflow)
-                yield shifted(drawn.pop(), step)
+                # (A loss of no module, in the first step: noise waits for a model that could be called, in vain.)
+                yield shifted(drawn.pop() if drawn else [None] * len(rho), step)
             else:
                 yield draw
             losses.append(self.loss_found())

@@ -1,0 +1,169 @@
+"""Epoch: once through the training data, step by step; what it says while it runs, and what it found.
+
+The device is waited for where something is printed, and at the end: not in every step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ..errors import DivergedError
+from .process import Process
+from .progress import Bar, logger
+from .steps import Batch, Steps
+
+
+@dataclass
+class Loop:
+    """What an epoch needs; the parts are made by :mod:`ms_optim.train.training`.
+
+    Attributes:
+        steps: The optimizer's steps.
+        model: The plain module.
+        batches: The training data.
+        options: The options.
+        process: This process.
+        scheduler: timm's, or none.
+        average: timm's moving average of the weights, or none.
+        mixup: timm's, for batches on the device, or none.
+    """
+
+    steps: Steps
+    model: nn.Module
+    batches: Any
+    options: argparse.Namespace
+    process: Process
+    scheduler: Any = None
+    average: Any = None
+    mixup: Any = None
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """Of the steps."""
+        return self.steps.optimizer
+
+    @property
+    def updates(self) -> int:
+        """Steps of an epoch."""
+        return -(-len(self.batches) // int(self.options.grad_accum_steps))
+
+    def learning_rate(self) -> float:
+        """Averaged over the parameter groups, as timm prints it."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        return float(sum(rates) / len(rates))
+
+    def run(self, epoch: int, epochs: int) -> dict[str, float]:
+        """Train for one epoch.
+
+        Args:
+            epoch: Counted from 0.
+            epochs: How many there will be.
+
+        Returns:
+            ``loss``, averaged over all samples of all ranks, ``images_per_second`` and ``seconds``.
+
+        Raises:
+            DivergedError: If the loss is not finite.
+        """
+        options, process = self.options, self.process
+        self.steps.model.train()
+        self.optimizer.zero_grad()
+        self._mix(epoch)
+        total = torch.zeros((), dtype=torch.float64 if process.device.type != "mps" else None, device=process.device)
+        samples, update, window = 0, 0, list[Batch]()
+        begin = data_begin = time.perf_counter()
+        waited = 0.0
+        with Bar(self.updates, f"epoch {epoch}", process.primary) as bar:
+            for index, (x, y) in enumerate(self.batches, 1):
+                waited += time.perf_counter() - data_begin
+                window.append(self._prepared(x, y))
+                if len(window) == options.grad_accum_steps or index == len(self.batches):
+                    loss = self.steps.take(window)
+                    update += 1
+                    count = sum(len(images) for images, _ in window)
+                    total += self._counted(loss.to(total.dtype) * count)
+                    samples += count
+                    window = []
+                    self._after_step(epoch * self.updates + update)
+                    self._say(epoch, epochs, update, loss, samples, begin, waited, bar)
+                data_begin = time.perf_counter()
+        if hasattr(self.optimizer, "sync_lookahead"):
+            self.optimizer.sync_lookahead()
+        summed, images = process.summed(total, samples)
+        seconds = time.perf_counter() - begin
+        _require_finite(summed / images, epoch, self.learning_rate())
+        return {"loss": summed / images, "images_per_second": images / seconds, "seconds": seconds}
+
+    def _prepared(self, x: Any, y: Any) -> Batch:
+        """A batch on the device, mixed if the loader has not done so (soft targets also where mixing is off)."""
+        if self.mixup is not None and not self.batches.mixes:
+            x, y = self.mixup(x, y)
+        if self.options.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        return x, y
+
+    def _counted(self, loss: torch.Tensor) -> torch.Tensor:
+        """What counts of a loss: where a scaler skips steps that overflow, theirs does not."""
+        return loss if self.steps.scaler is None else loss.nan_to_num(0.0, 0.0, 0.0)
+
+    def _mix(self, epoch: int) -> None:
+        """Turn mixing off where it is time to."""
+        if self.options.mixup_off_epoch and epoch >= self.options.mixup_off_epoch:
+            if self.mixup is not None:
+                self.mixup.mixup_enabled = False
+            if self.batches.mixes:
+                self.batches.mixup_enabled = False
+
+    def _after_step(self, updates: int) -> None:
+        """What follows a step: averages and the learning rate."""
+        if self.average is not None:
+            self.average.update(self.model, step=updates)
+        if self.options.synchronize_step and self.process.device.type == "cuda":
+            torch.cuda.synchronize()
+        if self.scheduler is not None:
+            self.scheduler.step_update(num_updates=updates)
+
+    def _say(
+        self,
+        epoch: int,
+        epochs: int,
+        update: int,
+        loss: torch.Tensor,
+        samples: int,
+        begin: float,
+        waited: float,
+        bar: Bar,
+    ) -> None:
+        """A line, or the bar's text, every now and then."""
+        if not bar.shown and (update % self.options.log_interval and update != self.updates):
+            return
+        if bar.shown and update % max(1, self.updates // 100):
+            bar.advance()
+            return
+        now = float(loss)
+        if self.steps.scaler is None:
+            _require_finite(now, epoch, self.learning_rate())
+        speed = samples * self.process.world / (time.perf_counter() - begin)
+        share = f"loss {now:#.4g}, {speed:,.0f} images/s, lr {self.learning_rate():.3e}"
+        bar.advance(share)
+        if not bar.shown and self.process.primary:
+            of = f"{update:>4d}/{self.updates} ({100 * update / self.updates:>3.0f}%)"
+            logger.info("train: epoch %d/%d [%s] %s, waited %.1f s for data", epoch, epochs, of, share, waited)
+
+
+def _require_finite(loss: float, epoch: int, rate: float) -> None:
+    """Refuse to go on with weights that are not numbers."""
+    if not math.isfinite(loss):
+        raise DivergedError(
+            f"the training loss is {loss} in epoch {epoch}, at learning rate {rate:.3e}: training has diverged; lower "
+            "--lr, warm it up for longer, or clip the gradient (--clip-grad); the last checkpoint is that of the last "
+            "validated epoch before"
+        )

@@ -1,0 +1,1 @@
+"""Recipes: settings of trainings, one YAML file each; see README.md."""
