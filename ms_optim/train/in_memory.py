@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from .augmentation import DeviceAugmentation, Normalisation
-from .datasets import PixelSource
 from .images import Images, to_bytes
 from .order import EvaluationOrder, TrainingOrder
+from .sources import PixelSource
 
 BUDGET = 2 << 30  # bytes of pixels, of all splits together
 

@@ -1,9 +1,4 @@
-"""Loaders: a run's batches on the device, from memory where the data set fits, else from timm's parts and workers.
-
-The dataset that torch's ``DataLoader`` sees is one of whole batches, each with its epoch, number and images: the worker
-that prepares a batch seeds its streams by these, so neither the number of workers nor what they did before matters.
-Bytes are normalised, erased and cut on the device by timm's ``PrefetchLoader``, or by workers with ``--no-prefetcher``.
-"""
+"""Loaders: a run's batches on the device, from memory where its data set fits, else from workers by timm's parts."""
 
 from __future__ import annotations
 
@@ -19,14 +14,14 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, default_collate
 
 from ..errors import CommandLineError
-from .augmentation import DeviceAugmentation, Normalisation
+from .augmentation import Normalisation
 from .datasets import Opened, Stream, open_data
 from .images import Images, stratified
 from .in_memory import BUDGET, DoesNotFit, MemoryEvaluation, MemoryTraining, decode, in_memory
-from .order import Batch, EvaluationOrder, Purpose, Ranks, TrainingOrder, streams
+from .order import EvaluationOrder, OneOfMany, Purpose, Ranks, TrainingOrder, integer
 from .pipeline import (
     Format,
     device_augmentation,
@@ -37,6 +32,7 @@ from .pipeline import (
     why_not_on_device,
 )
 from .streaming import StreamBatches, StreamEvaluation, for_evaluation, training_batches
+from .workers import HostBatches, OnDevice, WorkerEvaluation, WorkerTraining
 
 
 class Training(Protocol):
@@ -99,129 +95,6 @@ class Data:
         return self.first(n)
 
 
-class HostBatches(Dataset[tuple[Tensor, Tensor]]):
-    """Batches of single images that are prepared on the host; its indices are the batches of an order.
-
-    Args:
-        images: With their transform.
-        collate: What makes a batch of them.
-        seed: Of the run.
-        rank: Of this process.
-        mixes_in: Epoch -> whether batches are mixed.
-    """
-
-    def __init__(
-        self, images: Images, collate: Any, seed: int = 0, rank: int = 0, mixes_in: Callable[[int], bool] | None = None
-    ) -> None:
-        self.images, self.collate, self.seed, self.rank, self.mixes_in = images, collate, seed, rank, mixes_in
-
-    def __getitem__(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Prepare one batch."""
-        if self.mixes_in is not None and hasattr(self.collate, "mixup_enabled"):
-            self.collate.mixup_enabled = self.mixes_in(batch.epoch)
-        with streams(Purpose.HOST, self.seed, batch.epoch, self.rank, batch.number):
-            prepared: tuple[Tensor, Tensor] = self.collate([self.images[index] for index in batch.indices])
-        return prepared
-
-
-class OnDevice:
-    """Batches of a ``DataLoader`` on the device, as numbers.
-
-    Args:
-        loader: Of batches.
-        form: What images are.
-        device: Where batches are to be.
-        augmentation: After normalisation; ``None``: none.
-        prefetcher: Whether the loader gives bytes; else it gives normalised images.
-    """
-
-    def __init__(
-        self,
-        loader: Any,
-        form: Format,
-        device: torch.device,
-        augmentation: DeviceAugmentation | None,
-        prefetcher: bool,
-    ) -> None:
-        self.loader, self.device, self.prefetcher = loader, device, prefetcher
-        if prefetcher:
-            # float32 by name: timm would otherwise normalise by tensors of the default type.
-            arguments = {"channels": form.input_size[0], "device": device, "img_dtype": torch.float32}
-            self.loader = import_module("timm.data.loader").PrefetchLoader(loader, form.mean, form.std, **arguments)
-            # Its place for timm's own erasing, which is part of ours.
-            self.loader.random_erasing = None if augmentation is None else augmentation.numbers
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        if self.prefetcher:
-            yield from self.loader
-        else:
-            for x, y in self.loader:
-                yield x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
-
-
-class WorkerTraining:
-    """Training batches that workers prepare.
-
-    Args:
-        batches: On the device.
-        order: Whose epoch they are of, or the dataset of a stream.
-        length: Their number.
-        mixes: Whether they are mixed.
-        augmentation: On the device.
-    """
-
-    def __init__(
-        self, batches: OnDevice, order: Any, length: int, mixes: bool, augmentation: DeviceAugmentation
-    ) -> None:
-        self.batches, self.order, self.length, self.mixes, self.augmentation = (
-            batches,
-            order,
-            length,
-            mixes,
-            augmentation,
-        )
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Go to an epoch.
-
-        Args:
-            epoch: From 0.
-        """
-        self.epoch = epoch
-        self.order.set_epoch(epoch)
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        self.augmentation.begin(self.epoch)
-        return iter(self.batches)
-
-
-class WorkerEvaluation:
-    """Batches in order that workers prepare.
-
-    Args:
-        batches: On the device.
-        order: Of the images.
-    """
-
-    def __init__(self, batches: OnDevice, order: EvaluationOrder) -> None:
-        self.batches, self.order = batches, order
-
-    @property
-    def real(self) -> int:
-        """How many images of this rank are not padding; they come first."""
-        return self.order.real
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter(self.batches)
-
-
 @dataclass(frozen=True)
 class _Plan:
     """What all loaders of a run share."""
@@ -266,7 +139,8 @@ class _Plan:
             num_workers=options.workers,
             pin_memory=options.pin_mem and self.device.type != "cpu",
             persistent_workers=persistent and options.workers > 0,
-            generator=torch.Generator(),  # else each pass over it draws from the training's stream
+            # Of the workers' seeds; without it each pass would draw from the training's stream.
+            generator=torch.Generator().manual_seed(integer(Purpose.HOST, options.seed, self.ranks.rank)),
         )
 
     def collate(self) -> tuple[Any, bool]:
@@ -291,7 +165,7 @@ class _Plan:
                     f"--aug-repeats {options.aug_repeats} repeats images by their places, and {images.name} is read in "
                     "one direction; leave it out"
                 )
-            images.dataset.set_loader_cfg(num_workers=options.workers)
+            images.dataset.set_loader_cfg(num_workers=max(1, options.workers))
             dataset: Any = StreamBatches(
                 images, transform, collate, options.batch_size, self.num_classes, options.seed, ranks.rank, when
             )
@@ -313,7 +187,7 @@ class _Plan:
         """Prepared by workers."""
         transform, size = evaluation_transform(self.form), self.evaluation_size
         if isinstance(images, Stream):
-            for_evaluation(images, self.ranks).dataset.set_loader_cfg(num_workers=self.options.workers)
+            for_evaluation(images, self.ranks).dataset.set_loader_cfg(num_workers=max(1, self.options.workers))
             batches = StreamBatches(
                 images, transform, _fast_collate(), size, self.num_classes, 0, self.ranks.rank, None
             )
@@ -355,7 +229,7 @@ def load(
     crop_pct: float | None,
     num_classes: int,
     device: torch.device,
-    ranks: Ranks,
+    ranks: OneOfMany,
 ) -> Data:
     """Open a run's data.
 
@@ -387,7 +261,7 @@ def load(
         per_channel[name] = tuple(values) * channels if len(values) == 1 else tuple(values)
     size = (int(channels), int(input_size[1]), int(input_size[2]))
     form = Format(size, **per_channel, interpolation=interpolation, crop_pct=crop_pct or 0.875)
-    plan = _Plan(options, form, num_classes, device, ranks)
+    plan = _Plan(options, form, num_classes, device, Ranks(ranks.rank, ranks.world))
     opened = _open_in_turn(plan)
     if isinstance(opened.train, Stream):
         if options.in_memory == "yes":

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -46,6 +46,18 @@ class Purpose(IntEnum):
     LABEL_NOISE = 6
     SAMPLE = 7
     MIXING = 8
+
+
+class OneOfMany(Protocol):
+    """Whatever knows which of how many processes this is."""
+
+    @property
+    def rank(self) -> int:
+        """From 0."""
+
+    @property
+    def world(self) -> int:
+        """Their number."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +191,11 @@ class TrainingOrder(Sampler[Batch]):
         if repeats:
             from timm.data.distributed_sampler import RepeatAugSampler
 
-            self._repeated = RepeatAugSampler(range(samples), ranks.world, ranks.rank, num_repeats=repeats)
+            # timm rounds down to 256 images, and its older releases did so where there are fewer, too.
+            rounding = 256 if samples >= 256 else 0
+            self._repeated = RepeatAugSampler(
+                range(samples), ranks.world, ranks.rank, num_repeats=repeats, selected_round=rounding
+            )
             self._batches = len(self._repeated) // batch_size
         else:
             self._batches = samples // (batch_size * ranks.world)

@@ -55,8 +55,8 @@ def kind(options: argparse.Namespace) -> tuple[str, str]:
         CommandLineError: If there is no such sort, or the library that reads it is not installed.
     """
     prefix, slash, name = (options.dataset or "").partition("/")
-    sort = prefix.lower() if slash else (prefix or "folder")
-    if sort not in {"folder", *_LIBRARIES} or (not slash and sort not in ("folder", "digits")):
+    sort = prefix.lower() if slash else {"": "folder", "digits": "digits"}.get(prefix, "")
+    if sort not in _LIBRARIES and (slash or sort != "folder"):
         raise CommandLineError(f"--dataset {options.dataset} is not one of {_KNOWN}")
     if sort == "torch":
         name = name.lower()
@@ -181,7 +181,7 @@ def _check_validation(split: str, train: str, train_and_test: bool, title: str) 
     if train_and_test or split in TEST:
         raise CommandLineError(
             f"--val-split {split} of {title} is its test set, on which the best checkpoint would be chosen; leave it "
-            "out: a tenth of the training images is held out, or so many as --holdout says, and the test set is scored beside"
+            "out: a tenth of the training images is held out, or as many as --holdout says; the test set is scored too"
         )
 
 

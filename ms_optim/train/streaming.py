@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import multiprocessing
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -91,12 +92,16 @@ class StreamBatches(IterableDataset[tuple[Tensor, Tensor]]):
             yield self._batch(rows, *key, batches)
 
     def _take_part(self, epoch: int) -> int:
-        """Tell timm's reader which worker this is, and what its shuffle starts from."""
+        """Have timm's reader begin anew, its shuffle from the epoch's seed; which worker this is."""
         reader, info = self.stream.dataset.reader, get_worker_info()
         worker = 0 if info is None else info.id
         if info is not None:
             reader.worker_info, reader.worker_id, reader.num_workers = info, info.id, info.num_workers
-        if hasattr(reader, "worker_seed"):  # of WebDataset and TensorFlow; a pipeline keeps the seed it was made with
+            reader.global_num_workers = reader.dist_num_replicas * info.num_workers
+            reader.global_worker_id = reader.dist_rank * info.num_workers + info.id
+        # WebDataset's pipeline keeps the seed that it was made with.  TensorFlow's takes that of the worker, which is
+        # the same in all epochs, and the epoch for the order of files.
+        if hasattr(reader, "worker_seed"):
             reader.worker_seed, reader.ds = integer(Purpose.ORDER, self.seed, epoch, self.rank, worker), None
         return worker
 
@@ -160,19 +165,25 @@ class StreamEvaluation:
         blank: Shape ``[C, H, W]`` of an image, for ranks that have none.
         device: Where batches are.
 
-    Attributes:
-        real: How many images of this rank have been yielded so far; padding comes after all of them.
     """
 
     def __init__(self, batches: Any, estimate: int, ranks: Ranks, blank: tuple[int, ...], device: torch.device) -> None:
         self.batches, self.estimate, self.ranks, self.blank, self.device = batches, estimate, ranks, blank, device
-        self.real = 0
+        self._yielded = 0
+
+    @property
+    def real(self) -> int:
+        """How many images of this rank are not padding; they come first.
+
+        One process pads nothing, and of several each knows only, while it reads, how many it has yielded so far.
+        """
+        return sys.maxsize if self.ranks.world == 1 else self._yielded
 
     def __len__(self) -> int:
         return self.estimate
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        self.real = 0
+        self._yielded = 0
         padding = (
             torch.zeros(1, *self.blank, device=self.device),
             torch.zeros(1, dtype=torch.long, device=self.device),
@@ -182,7 +193,7 @@ class StreamEvaluation:
             batch = next(iterator, None)
             if not self._anywhere(batch is not None):
                 return
-            self.real += 0 if batch is None else len(batch[1])
+            self._yielded += 0 if batch is None else len(batch[1])
             yield padding if batch is None else batch
 
     def _anywhere(self, here: bool) -> bool:

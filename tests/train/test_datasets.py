@@ -303,5 +303,3 @@ def test_cifar10_is_read_from_its_tars(data_root):
     assert [len(part) for part in (found.train, found.validation, found.test)] == [45000, 5000, 10000]
     assert np.bincount(found.validation.labels).tolist() == [500] * 10
     assert found.test[0][0].size == (32, 32)
-
-
