@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..errors import DivergedError
+from .pipeline import mixes_in
 from .process import Process
 from .progress import Bar, logger
 from .steps import Batch, Steps
@@ -115,12 +116,9 @@ class Loop:
         return loss if self.steps.scaler is None else loss.nan_to_num(0.0, 0.0, 0.0)
 
     def _mix(self, epoch: int) -> None:
-        """Turn mixing off where it is time to."""
-        if self.options.mixup_off_epoch and epoch >= self.options.mixup_off_epoch:
-            if self.mixup is not None:
-                self.mixup.mixup_enabled = False
-            if self.batches.mixes:
-                self.batches.mixup_enabled = False
+        """Turn mixing on or off."""
+        if self.mixup is not None:  # a loader that mixes does so by itself
+            self.mixup.mixup_enabled = mixes_in(self.options, epoch)
 
     def _after_step(self, updates: int) -> None:
         """What follows a step: averages and the learning rate."""

@@ -17,7 +17,11 @@ TOP = (1, 5)
 
 
 class Batches(Iterable[tuple[Tensor, Tensor]], Protocol):
-    """Batches of a split, of which the first ``real`` samples of this process are its own, and the rest padding."""
+    """Batches of a split, of which the first ``real`` samples of this process are its own, and the rest padding.
+
+    Attributes:
+        real: Their number; of streams it grows while they are read.
+    """
 
     real: int
 
@@ -39,13 +43,13 @@ def evaluate(
     """
     training = model.training
     model.eval()
-    left = batches.real
+    seen = 0
     sums = torch.zeros(2 + len(TOP), dtype=_exact(process), device=process.device)
     try:
         with torch.no_grad():
             for x, y in batches:
-                real = min(len(y), left)
-                left -= real
+                real = max(0, min(len(y), batches.real - seen))  # of streams known only as far as they are read
+                seen += len(y)
                 if channels_last:
                     x = x.contiguous(memory_format=torch.channels_last)
                 with autocast():

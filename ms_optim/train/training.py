@@ -36,6 +36,7 @@ from .optimizer import (
     ours,
 )
 from .order import Ranks, seed_everything
+from .pipeline import mixing
 from .preset import fill
 from .process import Process, device_name, environment, process
 from .progress import log_to, logger
@@ -210,30 +211,10 @@ class Training:
         if here.distributed and not options.fsdp:
             ids = [here.device] if here.device.type == "cuda" else None
             called = DistributedDataParallel(called, device_ids=ids, broadcast_buffers=not options.no_ddp_bb)
-        mixes = options.mixup > 0 or options.cutmix > 0 or options.cutmix_minmax is not None
-        criterion = make_criterion(options, mixes).to(here.device)
+        arguments = mixing(options, options.num_classes)
+        criterion = make_criterion(options, arguments is not None).to(here.device)
         steps = Steps(called, self.optimizer, criterion, options, here)
-        return Loop(steps, self.model, self.data.train, options, here, None, self.average, self._mixup(mixes))
-
-    def _mixup(self, mixes: bool) -> Any:
-        """timm's mixup and cutmix, where the loader does not do it."""
-        options = self.options
-        if not mixes:
-            return None
-        if options.batch_size % 2:
-            raise CommandLineError(f"mixup and cutmix pair images, and --batch-size {options.batch_size} is odd")
-        from timm.data import Mixup
-
-        return Mixup(
-            mixup_alpha=options.mixup,
-            cutmix_alpha=options.cutmix,
-            cutmix_minmax=options.cutmix_minmax,
-            prob=options.mixup_prob,
-            switch_prob=options.mixup_switch_prob,
-            mode=options.mixup_mode,
-            label_smoothing=options.smoothing,
-            num_classes=options.num_classes,
-        )
+        return Loop(steps, self.model, self.data.train, options, here, None, self.average, _mixup(arguments))
 
     def _go_on(self, content: Mapping[str, Any]) -> None:
         """Epoch, learning rate and loss scale of a checkpoint."""
@@ -427,6 +408,15 @@ class Training:
         """Let go of what was opened."""
         if self.record is not None:
             self.record.close()
+
+
+def _mixup(arguments: Mapping[str, Any] | None) -> Any:
+    """timm's mixup and cutmix, for batches that the loader does not mix."""
+    if arguments is None:
+        return None
+    from timm.data import Mixup
+
+    return Mixup(**arguments)
 
 
 def _say_differences(options: argparse.Namespace, before: argparse.Namespace | None) -> None:
