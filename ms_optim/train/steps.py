@@ -124,8 +124,7 @@ class Steps:
             waits = isinstance(self.model, DistributedDataParallel) and index + 1 < len(window)
             with self.model.no_sync() if waits else nullcontext():  # type: ignore[operator]
                 with self.autocast():
-                    # In float32 also where autocast would not (on the CPU): a loss has few digits in half precision.
-                    loss = self.criterion(self.model(x[samples]).float(), y[samples]) / len(window)
+                    loss = self.criterion(_precise(self.model(x[samples])), y[samples]) / len(window)
                 scaled = loss if self.scaler is None else self.scaler.scale(loss)
                 scaled.backward(create_graph=self.second_order)
             total = loss.detach() if total is None else total + loss.detach()
@@ -155,3 +154,8 @@ class Steps:
             classifier = plain.get_classifier()
             head = {id(p) for p in classifier.parameters()} if isinstance(classifier, nn.Module) else set()
         return [p for p in plain.parameters() if id(p) not in head and p.grad is not None]
+
+
+def _precise(logits: Tensor) -> Tensor:
+    """Logits in float32 where they are in half precision: autocast does so for losses on a GPU, but not on a CPU."""
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits

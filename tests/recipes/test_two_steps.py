@@ -1,7 +1,7 @@
 """Every recipe takes two steps: its model, its optimizer, its augmentation, on a few images of its data set's shape.
 
-The images lie in folders, as a user's may; the presets say what the data set's are like.  Where the real data are, MNIST,
-and CIFAR-10 for the recipe that was measured on it, take the place of the folders.
+The images lie in folders, as a user's may; presets say what the data set's are like.  Where the real data are,
+MNIST, and CIFAR-10 for the recipe that was measured on it, take the place of the folders.
 """
 
 import os
