@@ -212,7 +212,7 @@ def test_a_wrong_command_line_is_one_line_and_exit_code_2():
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True:UserWarning")  # torch's, of AdaHessian
 @pytest.mark.parametrize("name", ["adamw", "lookahead_sgd", "lookahead_mssam", "adahessian", "msoptimgsam", "msreg"])
 def test_optimizers_of_timm_and_of_this_package_train(tmp_path, name):
-    lr = 0.002 if name.startswith("ada") else 0.05
+    lr = {"adamw": 0.002, "adahessian": 0.1}.get(name, 0.05)
     outcome = run({**SMALL, "opt": name, "lr": lr, "epochs": 2, "output": str(tmp_path)})
     assert outcome["train_loss"] < 2.2 and math.isfinite(outcome["test_loss"])
 
