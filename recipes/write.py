@@ -248,6 +248,7 @@ def _imagenet(title: str, model: str, own: Mapping[str, Said], **training: Said)
 
 def _families() -> dict[str, Family]:
     chosen = optimizers(*(Said(value, _SWEPT) for value in (0.025, 0.125, 0.025, 0.0001)), gradient="trace")
+    rate = "best of three for SGD (recipes/sweeps/mnist_mlp)"
     unchosen = optimizers(
         *(Said(0.05, f"{SAM_PAPER}, its default"), Said(0.5, f"{ASAM_PAPER}, for CIFAR-10"), Said(0.05, OPEN)),
         Said(0.001, OPEN),
@@ -255,7 +256,7 @@ def _families() -> dict[str, Family]:
     )
     found = {
         "digits_mlp": _digits(),
-        "mnist_mlp": _mnist("MLP 784-512-128-512-10", "ms_optim.models:mlp", chosen, "best of three for SGD (recipes/sweeps/mnist_mlp)"),
+        "mnist_mlp": _mnist("MLP 784-512-128-512-10", "ms_optim.models:mlp", chosen, rate),
         "mnist_lenet": _mnist("LeNet", "ms_optim.models:lenet", unchosen, OPEN),
         "cifar10_small_resnet": _cifar_on_a_cpu(),
     }
