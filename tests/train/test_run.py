@@ -163,6 +163,21 @@ def test_between_validations_nothing_is_written(tmp_path):
     assert [row["epoch"] for row in summary(tmp_path / "run")] == ["1", "3", "4"]
 
 
+def test_measuring_is_not_left_out_where_no_validation_is_due(tmp_path):
+    settings = {**SMALL, "epochs": 5, "val_interval": 2, "sharpness_interval": 3, "sharpness_samples": 20}
+    run({**settings, "output": str(tmp_path), "experiment": "run"})
+    assert [row["epoch"] for row in summary(tmp_path / "run")] == ["1", "2", "3", "4"]
+    table = rows(tmp_path / "run" / "sharpness.csv")
+    assert sorted({row["epoch"] for row in table}) == ["2", "4"]
+
+
+def test_starting_at_an_earlier_epoch_than_the_checkpoints_leaves_one_row_for_each(tmp_path):
+    settings = {**SMALL, "epochs": 3, "output": str(tmp_path), "experiment": "run"}
+    run(settings)
+    run({**settings, "start_epoch": 1, "resume": "auto"})
+    assert [row["epoch"] for row in summary(tmp_path / "run")] == ["0", "1", "2"]
+
+
 def test_a_training_that_diverges_says_so(tmp_path):
     with pytest.raises(DivergedError, match="training has diverged; lower --lr"):
         run({**SMALL, "lr": 1e20, "output": str(tmp_path)})
