@@ -245,7 +245,7 @@ def _run(made: argparse.ArgumentParser) -> None:
     add("--no-resume-opt", default=False, help="only the weights")
     add("--eval-metric", default="top1", choices=["top1", "top5", "loss"], help="of the best checkpoint")
     add("--val-interval", default=1, type=int, help="epochs between validations, each with a checkpoint")
-    add("--sharpness-interval", default=0, type=int, help="epochs between measurements (0: none), each with a validation")
+    add("--sharpness-interval", default=0, type=int, help="epochs between measurements (0: none), with validation")
     add("--sharpness-samples", default=1000, type=int, help="training images it is measured on")
     add("--sharpness-columns", type=int, help="exact columns of each sample (default: all, which is exact)")
 
