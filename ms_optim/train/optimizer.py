@@ -52,7 +52,7 @@ def decide_learning_rate(options: argparse.Namespace, world: int) -> None:
         options: ``lr_base``, ``lr_base_size``, ``lr_base_scale``, ``opt`` ….
         world: The number of processes.
     """
-    if options.lr:
+    if options.lr is not None:
         return
     batch = options.batch_size * world * options.grad_accum_steps
     adaptive = any(word in options.opt.lower() for word in ("ada", "lamb"))
