@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from ..cli.models import pair
+from ..cli.output import whole_file
 from ..errors import CommandLineError
 from .options import Pairs, parser
 
@@ -236,7 +237,8 @@ def write_args(options: argparse.Namespace, path: Path) -> None:
     """
     kept = options_of(parser())
     plain = {key: _plain(value) for key, value in sorted(vars(options).items()) if key in kept}
-    path.write_text(yaml.safe_dump(plain, default_flow_style=False, allow_unicode=True), encoding="utf-8")
+    with whole_file(path) as file:
+        file.write_text(yaml.safe_dump(plain, default_flow_style=False, allow_unicode=True), encoding="utf-8")
 
 
 def _plain(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import warnings
 from typing import Any
 
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -156,7 +157,9 @@ def make_scheduler(
     """
     settings = scheduler_kwargs(options, decreasing_metric=decreasing)
     try:
-        scheduler, epochs = create_scheduler_v2(optimizer, **settings, updates_per_epoch=updates)
+        with warnings.catch_warnings():  # plateau's state, which timm warns that nobody keeps, is in our checkpoints
+            warnings.filterwarnings("ignore", "PlateauLRScheduler is deprecated", FutureWarning)
+            scheduler, epochs = create_scheduler_v2(optimizer, **settings, updates_per_epoch=updates)
     except (AssertionError, TypeError, ValueError, ZeroDivisionError) as error:
         text = " ".join(str(error).split())
         raise CommandLineError(f"--sched {options.sched} with --epochs {options.epochs}: {text}") from error

@@ -227,6 +227,7 @@ class Training:
                 scaler.load_state_dict(content["amp_scaler"])
             if own.get("plateau") is not None and hasattr(scheduler, "lr_scheduler"):
                 scheduler.lr_scheduler.load_state_dict(own["plateau"])
+                scheduler.restore_lr = own.get("restore_lr")  # the rates beneath the noise
                 for entry, saved in zip(self.optimizer.param_groups, content["optimizer"]["param_groups"], strict=True):
                     entry["lr"] = saved["lr"]  # the one schedule that does not follow from the epoch
         if own and own["world"] != self.here.world:
@@ -247,8 +248,9 @@ class Training:
         self.saver = checkpoint.Saver(self.folder, self.best_is_less, options.checkpoint_hist)
         self.record = Record(self.folder, options)
         if content is not None and resumed is not None:
-            self.saver.resume(content, resumed)
-            self.record.load(content.get("run", {}))
+            if self.start > content["epoch"]:
+                self.saver.resume(content, resumed)
+            self.record.load(content.get("run", {}), self.start)
             _say_differences(options, content.get("args"))
         write_args(options, self.folder / "args.yaml")
         count = sum(p.numel() for p in self.model.parameters())
@@ -296,7 +298,9 @@ class Training:
         if here.distributed and options.dist_bn and not options.sync_bn:
             from timm.utils import distribute_bn
 
-            for model in [self.model] + ([] if self.average is None else [self.average.module]):
+            # An average on the CPU is not validated, and NCCL knows no CPU.
+            shared = self.average is not None and not options.model_ema_force_cpu
+            for model in (self.model, *([self.average.module] if shared else [])):
                 distribute_bn(model, here.world, options.dist_bn == "reduce")
 
     def _validate(self, epoch: int, trained: Mapping[str, float]) -> None:
@@ -344,6 +348,7 @@ class Training:
             "optimizer": whole(self.optimizer.state_dict()),
             "run": {
                 "plateau": None if plateau is None else plateau.state_dict(),
+                "restore_lr": getattr(scheduler, "restore_lr", None),
                 "world": self.here.world,
                 "seconds": self.seconds,
             },
@@ -381,7 +386,8 @@ class Training:
         outcome |= {f"test_{key}_last": value for key, value in now.items()}
         if best is not None and best != last:
             path = self.folder / f"model_best{checkpoint.ENDING}"
-            load_model(model, checkpoint.read(path)["state_dict_ema" if average else "state_dict"])
+            content = checkpoint.read(path)  # of before there was an average, perhaps
+            load_model(model, content.get("state_dict_ema", content["state_dict"]) if average else content["state_dict"])
             now = self._evaluate(model, self.data.test)
         return outcome | {f"test_{key}": value for key, value in now.items()}
 
