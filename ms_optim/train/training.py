@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shutil
 import time
 from collections.abc import Mapping
 from datetime import datetime
@@ -88,10 +89,16 @@ def train(options: argparse.Namespace, command: str = "") -> Outcome:
         if here.primary:
             require_loggers(options)
         folder, resumed = here.of_primary(_place(options) if here.primary else None)
+        begun = folder.exists()
         if here.primary:
             folder.mkdir(parents=True, exist_ok=True)
         with log_to(folder, here.primary):
-            training = Training(options, here, folder, resumed)
+            try:
+                training = Training(options, here, folder, resumed)
+            except BaseException:
+                if here.primary and not begun:
+                    shutil.rmtree(folder, ignore_errors=True)  # nothing has begun, and nothing is to be left of it
+                raise
             try:
                 return training.run(command)
             finally:
@@ -150,6 +157,9 @@ class Training:
             device=device,
             ranks=Ranks(here.rank, here.world),
         )
+        content = None if resumed is None else checkpoint.read(resumed)
+        if content is not None and not options.no_resume_opt:
+            _keep_settings(options, content.get("args"))
         decide_learning_rate(options, here.world)
         images, _ = self.data.sample(options.sharpness_samples if options.sharpness_interval else 2)
         self.sharpness = None
@@ -157,7 +167,6 @@ class Training:
             self.sharpness = SharpnessLog(self.model, images, options.sharpness_columns)
         group = self._sharded(images) if options.fsdp else None
         self.optimizer = make_optimizer(self.model, options, group)
-        content = None if resumed is None else checkpoint.read(resumed)
         if content is not None:
             self._load(content)
         self.average = self._average(content)
@@ -423,6 +432,27 @@ def _mixup(arguments: Mapping[str, Any] | None) -> Any:
     from timm.data import Mixup
 
     return Mixup(**arguments)
+
+
+#: Options that are in an optimizer's state, which replaces what they say when it is loaded.
+_OF_OPTIMIZER = (
+    *("opt", "opt_kwargs", "opt_eps", "opt_betas", "momentum", "weight_decay", "lr"),
+    *("layer_decay", "layer_decay_min_scale", "layer_decay_no_opt_scale"),
+)
+
+
+def _keep_settings(options: argparse.Namespace, before: argparse.Namespace | None) -> None:
+    """Refuse settings that the checkpoint's would replace without a word; a rate that is not given is its own."""
+    old = {} if before is None else vars(before)
+    if options.lr is None:
+        options.lr = old.get("lr")
+    changed = [key for key in _OF_OPTIMIZER if key in old and old[key] != getattr(options, key)]
+    if changed:
+        told = ", ".join(f"--{key.replace('_', '-')} {getattr(options, key)} (was {old[key]})" for key in changed)
+        raise CommandLineError(
+            f"{told}: a resumed optimizer goes on with the settings of its checkpoint; leave them as they were, or add "
+            "--no-resume-opt, which resumes the weights alone"
+        )
 
 
 def _say_differences(options: argparse.Namespace, before: argparse.Namespace | None) -> None:

@@ -267,3 +267,31 @@ def test_an_average_that_begins_after_the_best_epoch_does_not_hide_it(tmp_path):
     assert outcome["best_epoch"] == first["best_epoch"] == 1
     assert outcome["test_top1"] == first["test_top1"]
     assert outcome["test_top1_last"] != first["test_top1"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"weight_decay": 0.1}, r"--weight-decay 0\.1 \(was 0\.0005\)"),
+        ({"lr": 0.2}, r"--lr 0\.2 \(was 0\.1\)"),
+        ({"opt": "adamw"}, r"--opt adamw \(was sgd\)"),
+        ({"opt_kwargs": {"nesterov": False}}, r"--opt-kwargs"),
+    ],
+)
+def test_settings_that_a_resumed_optimizer_would_not_take_are_refused(tmp_path, changed, message):
+    settings = {**SMALL, "epochs": 1, "output": str(tmp_path), "experiment": "run"}
+    run(settings)
+    before = last(tmp_path / "run")
+    again = {**settings, "epochs": 2, "resume": "auto", **changed}
+    with pytest.raises(CommandLineError, match=message):
+        run(again)
+    assert differences(last(tmp_path / "run"), before) == []
+    run({**again, "no_resume_opt": True})
+
+
+def test_a_learning_rate_that_is_not_given_is_the_checkpoints_whatever_the_batch(tmp_path):
+    settings = {key: value for key, value in SMALL.items() if key != "lr"} | {"epochs": 1, "lr_base": 0.2}
+    run({**settings, "output": str(tmp_path), "experiment": "run"})
+    run({**settings, "output": str(tmp_path), "experiment": "run", "resume": "auto", "epochs": 2, "batch_size": 32})
+    group = last(tmp_path / "run")["optimizer"]["param_groups"][0]
+    assert group["initial_lr"] == last(tmp_path / "run")["args"].lr == 0.05
