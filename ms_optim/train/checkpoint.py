@@ -25,6 +25,7 @@ from timm.utils import CheckpointSaver
 
 from ..cli.output import whole_file
 from ..errors import CommandLineError
+from .progress import logger
 
 ENDING = ".pth.tar"
 
@@ -76,13 +77,23 @@ class Saver(CheckpointSaver):  # type: ignore[misc]  # timm publishes no types
         books = content.get("run", {}).get("saver", {"history": [], "best_metric": None, "best_epoch": None})
         kept = [(str(self.folder / name), metric) for name, metric in books["history"]]
         self.checkpoint_files = [(name, metric) for name, metric in kept if os.path.exists(name)]
-        best = path.parent / self.best.name
-        if best.exists() and books["best_epoch"] is not None:
+        best = self._best_of(path, content["epoch"], books["best_epoch"])
+        if best is not None:
             self.best_metric, self.best_epoch = books["best_metric"], books["best_epoch"]
             if best.resolve() != self.best.resolve():
                 self._duplicate(str(best), str(self.best))
         self._source = path
         self.save_checkpoint(content["epoch"], content.get("metric"))
+
+    def _best_of(self, path: Path, resumed: int, epoch: int | None) -> Path | None:
+        """The best checkpoint as of the resumed one; ``model_best`` may be of a later epoch, if that is not the last."""
+        if epoch is None:
+            return None
+        files = [path.parent / name for name in (self.best.name, f"{self.save_prefix}-{epoch}{ENDING}")]
+        found = next((file for file in files if file.exists() and read(file)["epoch"] in (epoch, resumed)), None)
+        if found is None:
+            logger.info("the best checkpoint so far, of epoch %d, is not there any more: ranking begins anew", epoch)
+        return found
 
     @property
     def last(self) -> Path:

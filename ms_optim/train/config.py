@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from ..cli.models import pair
+from ..cli.output import whole_file
 from ..errors import CommandLineError
 from .options import Pairs, parser
 
@@ -33,10 +34,24 @@ _ELSEWHERE = {
 }
 
 _POSITIVE = ("batch_size", "epochs", "grad_accum_steps", "log_interval", "val_interval", "checkpoint_hist", "threads")
+_SHARES_BELOW_ONE = ("smoothing", "model_ema_decay")
 _NOT_NEGATIVE = (
     *("workers", "warmup_epochs", "cooldown_epochs", "label_noise", "holdout", "crop_padding", "cutout", "smoothing"),
     *("weight_decay", "mixup", "cutmix", "sharpness_interval", "drop", "seed", "split_seed", "start_epoch", "lr"),
 )
+
+
+#: Options that say something of another one.
+_NEEDS = {
+    "torchcompile_mode": "torchcompile",
+    "pretrained_path": "pretrained",
+    "model_ema_force_cpu": "model_ema",
+    "model_ema_warmup": "model_ema",
+    "bce_sum": "bce_loss",
+    "bce_target_thresh": "bce_loss",
+    "bce_pos_weight": "bce_loss",
+    "layer_decay_no_opt_scale": "layer_decay",
+}
 
 
 def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -193,6 +208,15 @@ def checked(options: argparse.Namespace) -> argparse.Namespace:
             value = getattr(options, key)
             if value is not None and not value >= least:
                 raise CommandLineError(f"--{key.replace('_', '-')} must be at least {least}, got {value}")
+    for key in _SHARES_BELOW_ONE:
+        if not 0 <= getattr(options, key) < 1:
+            raise CommandLineError(f"--{key.replace('_', '-')} is between 0 and 1 (not 1), got {getattr(options, key)}")
+    if options.clip_grad is not None and not options.clip_grad > 0:
+        raise CommandLineError(f"--clip-grad must be more than 0, got {options.clip_grad}; leave it out not to clip")
+    for key, needed in _NEEDS.items():
+        if getattr(options, key) and not getattr(options, needed):
+            flags = (f"--{name.replace('_', '-')}" for name in (key, needed))
+            raise CommandLineError("{} has no effect without {}; give both or neither".format(*flags))
     if options.label_noise > 1:
         raise CommandLineError(f"--label-noise is a share, at most 1, got {options.label_noise}")
     if options.sharpness_samples < 2:
@@ -213,7 +237,8 @@ def write_args(options: argparse.Namespace, path: Path) -> None:
     """
     kept = options_of(parser())
     plain = {key: _plain(value) for key, value in sorted(vars(options).items()) if key in kept}
-    path.write_text(yaml.safe_dump(plain, default_flow_style=False, allow_unicode=True), encoding="utf-8")
+    with whole_file(path) as file:
+        file.write_text(yaml.safe_dump(plain, default_flow_style=False, allow_unicode=True), encoding="utf-8")
 
 
 def _plain(value: Any) -> Any:

@@ -78,7 +78,8 @@ class Loop:
         self.steps.model.train()
         self.optimizer.zero_grad()
         self._mix(epoch)
-        total = torch.zeros((), dtype=torch.float64 if process.device.type != "mps" else None, device=process.device)
+        # Of what counts: the summed loss and the number of samples.
+        total = torch.zeros(2, dtype=torch.float64 if process.device.type != "mps" else None, device=process.device)
         samples, update, window = 0, 0, list[Batch]()
         begin = data_begin = time.perf_counter()
         waited = 0.0
@@ -90,7 +91,7 @@ class Loop:
                     loss = self.steps.take(window)
                     update += 1
                     count = sum(len(images) for images, _ in window)
-                    total += self._counted(loss.to(total.dtype) * count)
+                    total += self._counted(loss.to(total.dtype), count)
                     samples += count
                     window = []
                     self._after_step(epoch * self.updates + update)
@@ -98,10 +99,12 @@ class Loop:
                 data_begin = time.perf_counter()
         if hasattr(self.optimizer, "sync_lookahead"):
             self.optimizer.sync_lookahead()
-        summed, images = process.summed(total, samples)
+        summed, counted, images = process.summed(*total, samples)
         seconds = time.perf_counter() - begin
-        _require_finite(summed / images, epoch, self.learning_rate())
-        return {"loss": summed / images, "images_per_second": images / seconds, "seconds": seconds}
+        # A scaler skips a step now and then; where it skips most of them, it skips all that are to come.
+        mean = summed / counted if 2 * counted >= images else math.nan
+        _require_finite(mean, epoch, self.learning_rate())
+        return {"loss": mean, "images_per_second": images / seconds, "seconds": seconds}
 
     def _prepared(self, x: Any, y: Any) -> Batch:
         """A batch on the device, mixed if the loader has not done so (soft targets also where mixing is off)."""
@@ -111,9 +114,10 @@ class Loop:
             x = x.contiguous(memory_format=torch.channels_last)
         return x, y
 
-    def _counted(self, loss: torch.Tensor) -> torch.Tensor:
-        """What counts of a loss: where a scaler skips steps that overflow, theirs does not."""
-        return loss if self.steps.scaler is None else loss.nan_to_num(0.0, 0.0, 0.0)
+    def _counted(self, loss: torch.Tensor, samples: int) -> torch.Tensor:
+        """Summed loss and number of a step's samples; where a scaler skips steps that overflow, theirs do not count."""
+        both = torch.stack([loss * samples, torch.full_like(loss, samples)])
+        return both if self.steps.scaler is None else torch.where(loss.isfinite(), both, 0.0)
 
     def _mix(self, epoch: int) -> None:
         """Turn mixing on or off."""

@@ -47,9 +47,8 @@ def make_network(options: argparse.Namespace) -> nn.Module:
         except ValueError as error:
             if options.stem == "small":
                 raise CommandLineError(f"--stem small: {error}") from error
-    if options.initial_checkpoint and named:
-        checkpoint = read_checkpoint(Path(options.initial_checkpoint))
-        load_into(model, checkpoint.state, str(checkpoint))
+    if options.initial_checkpoint:  # after the stem: a run on small images has saved that of small images
+        _initialise(model, Path(options.initial_checkpoint), named)
     _initialise_head(model, options)
     if options.grad_checkpointing:
         if not hasattr(model, "set_grad_checkpointing"):
@@ -155,11 +154,25 @@ def _of_timm(options: argparse.Namespace) -> nn.Module:
         "global_pool": options.gp,
         "bn_momentum": options.bn_momentum,
         "bn_eps": options.bn_eps,
-        "checkpoint_path": options.initial_checkpoint,
     }
     if options.pretrained_path:  # num_classes=-1: the file's head is adapted, whatever it has
         arguments["pretrained_cfg_overlay"] = {"file": options.pretrained_path, "num_classes": -1}
     return timm_model(options.model, {**arguments, **options.model_kwargs})
+
+
+def _initialise(model: nn.Module, path: Path, named: bool) -> None:
+    """Load first weights; a model of timm as timm does it, which takes a file's moving average if there is one."""
+    if named:
+        checkpoint = read_checkpoint(path)
+        load_into(model, checkpoint.state, str(checkpoint))
+        return
+    from timm.models import load_checkpoint
+
+    try:
+        load_checkpoint(model, str(path))
+    except Exception as error:
+        text = " ".join(str(error).split())[:200] or "there is no such file"
+        raise CommandLineError(f"--initial-checkpoint {path} cannot be loaded: {text}; check --model, --stem") from error
 
 
 def _wants_small_stem(options: argparse.Namespace, named: bool) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import warnings
 from typing import Any
 
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -52,7 +53,7 @@ def decide_learning_rate(options: argparse.Namespace, world: int) -> None:
         options: ``lr_base``, ``lr_base_size``, ``lr_base_scale``, ``opt`` ….
         world: The number of processes.
     """
-    if options.lr:
+    if options.lr is not None:
         return
     batch = options.batch_size * world * options.grad_accum_steps
     adaptive = any(word in options.opt.lower() for word in ("ada", "lamb"))
@@ -156,7 +157,9 @@ def make_scheduler(
     """
     settings = scheduler_kwargs(options, decreasing_metric=decreasing)
     try:
-        scheduler, epochs = create_scheduler_v2(optimizer, **settings, updates_per_epoch=updates)
+        with warnings.catch_warnings():  # plateau's state, which timm warns that nobody keeps, is in our checkpoints
+            warnings.filterwarnings("ignore", "PlateauLRScheduler is deprecated", FutureWarning)
+            scheduler, epochs = create_scheduler_v2(optimizer, **settings, updates_per_epoch=updates)
     except (AssertionError, TypeError, ValueError, ZeroDivisionError) as error:
         text = " ".join(str(error).split())
         raise CommandLineError(f"--sched {options.sched} with --epochs {options.epochs}: {text}") from error

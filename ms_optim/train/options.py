@@ -20,6 +20,9 @@ from ..cli.models import pair
 
 Add = Callable[..., Any]
 
+#: timm's ways to resize an image.
+RESIZING = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+
 
 class Pairs(argparse.Action):
     """``key=value`` words as a dictionary; a value is a literal of Python if it can be read as one, else text."""
@@ -107,7 +110,7 @@ def _images(made: argparse.ArgumentParser) -> None:
     add("--in-chans", type=int, help="channels")
     add("--mean", type=float, nargs="+", help="of pixels, per channel")
     add("--std", type=float, nargs="+", help="of pixels, per channel")
-    add("--interpolation", default="", help="of evaluation")
+    add("--interpolation", default="", choices=["", *RESIZING], help="of evaluation")
     add("--crop-pct", type=float, help="part of the resized image that evaluation keeps")
 
 
@@ -200,7 +203,8 @@ def _augmentation(made: argparse.ArgumentParser) -> None:
     add("--no-aug", default=False, help="none at all")
     add("--crop-padding", type=int, help="pixels around the image before a crop of its size (CIFAR: 4)")
     add("--cutout", default=0, type=int, help="side of a blank square in pixels (arXiv 1708.04552)")
-    add("--train-crop-mode", help="pad (--crop-padding), or timm's: rrc, rkrc, rkrr")
+    modes = ["pad", "rrc", "rkrc", "rkrr"]
+    add("--train-crop-mode", choices=modes, help="pad (--crop-padding), or timm's: rrc, rkrc, rkrr")
     add("--scale", type=float, nargs="+", help="of timm's random resized crop (default where it is used: 0.08 1)")
     add("--ratio", default=[3 / 4, 4 / 3], type=float, nargs="+", help="aspect ratios of timm's random resized crop")
     add("--hflip", type=float, help="probability")
@@ -212,10 +216,11 @@ def _augmentation(made: argparse.ArgumentParser) -> None:
     add("--aa", help="AutoAugment or RandAugment, as timm's")
     add("--aug-repeats", default=0.0, type=float, help="how often an image is in a batch (arXiv 1901.09335)")
     add("--reprob", default=0.0, type=float, help="random erasing")
-    add("--remode", default="pixel", help="what erased parts are filled with: pixel, rand, const")
+    add("--remode", default="pixel", choices=["pixel", "rand", "const"], help="what erased parts are filled with")
     add("--recount", default=1, type=int, help="most parts erased")
     add("--resplit", default=False, help="erase in the second half of a batch only")
-    add("--train-interpolation", default="random", help="of resizing in training")
+    resizing = ["random", *RESIZING]
+    add("--train-interpolation", default="random", choices=resizing, help="of resizing in training")
     add("--mixup", default=0.0, type=float, help="α")
     add("--cutmix", default=0.0, type=float, help="α")
     add("--cutmix-minmax", type=float, nargs="+", help="least and largest share of the area, instead of α")

@@ -70,15 +70,15 @@ class Record:
         """The rows, for a checkpoint."""
         return {"summary": [dict(row) for row in self.summary], "sharpness": [list(row) for row in self.sharpness]}
 
-    def load(self, state: Mapping[str, Any], before: int) -> None:
+    def load(self, state: Mapping[str, Any], epoch: int) -> None:
         """The rows of a checkpoint; what was written after it is gone.
 
         Args:
             state: As of :meth:`state`.
-            before: The first epoch that is to come.
+            epoch: The one that comes next; what is known of it and of later ones is from before, and gone as well.
         """
-        self.summary = [dict(row) for row in state.get("summary", []) if row["epoch"] < before]
-        self.sharpness = [list(row) for row in state.get("sharpness", []) if row[0] < before]
+        self.summary = [dict(row) for row in state.get("summary", []) if row["epoch"] < epoch]
+        self.sharpness = [list(row) for row in state.get("sharpness", []) if row[0] < epoch]
         self.write()
 
     def add(self, row: Row) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shutil
 import time
 from collections.abc import Mapping
 from datetime import datetime
@@ -88,10 +89,16 @@ def train(options: argparse.Namespace, command: str = "") -> Outcome:
         if here.primary:
             require_loggers(options)
         folder, resumed = here.of_primary(_place(options) if here.primary else None)
+        begun = folder.exists()
         if here.primary:
             folder.mkdir(parents=True, exist_ok=True)
         with log_to(folder, here.primary):
-            training = Training(options, here, folder, resumed)
+            try:
+                training = Training(options, here, folder, resumed)
+            except BaseException:
+                if here.primary and not begun:
+                    shutil.rmtree(folder, ignore_errors=True)  # nothing has begun, and nothing is to be left of it
+                raise
             try:
                 return training.run(command)
             finally:
@@ -150,6 +157,9 @@ class Training:
             device=device,
             ranks=Ranks(here.rank, here.world),
         )
+        content = None if resumed is None else checkpoint.read(resumed)
+        if content is not None and not options.no_resume_opt:
+            _keep_settings(options, content.get("args"))
         decide_learning_rate(options, here.world)
         images, _ = self.data.sample(options.sharpness_samples if options.sharpness_interval else 2)
         self.sharpness = None
@@ -157,7 +167,6 @@ class Training:
             self.sharpness = SharpnessLog(self.model, images, options.sharpness_columns)
         group = self._sharded(images) if options.fsdp else None
         self.optimizer = make_optimizer(self.model, options, group)
-        content = None if resumed is None else checkpoint.read(resumed)
         if content is not None:
             self._load(content)
         self.average = self._average(content)
@@ -227,6 +236,7 @@ class Training:
                 scaler.load_state_dict(content["amp_scaler"])
             if own.get("plateau") is not None and hasattr(scheduler, "lr_scheduler"):
                 scheduler.lr_scheduler.load_state_dict(own["plateau"])
+                scheduler.restore_lr = own.get("restore_lr")  # the rates beneath the noise
                 for entry, saved in zip(self.optimizer.param_groups, content["optimizer"]["param_groups"], strict=True):
                     entry["lr"] = saved["lr"]  # the one schedule that does not follow from the epoch
         if own and own["world"] != self.here.world:
@@ -247,8 +257,9 @@ class Training:
         self.saver = checkpoint.Saver(self.folder, self.best_is_less, options.checkpoint_hist)
         self.record = Record(self.folder, options)
         if content is not None and resumed is not None:
-            self.saver.resume(content, resumed)
-            self.record.load(content.get("run", {}), before=self.start)
+            if self.start > content["epoch"]:
+                self.saver.resume(content, resumed)
+            self.record.load(content.get("run", {}), self.start)
             _say_differences(options, content.get("args"))
         write_args(options, self.folder / "args.yaml")
         count = sum(p.numel() for p in self.model.parameters())
@@ -300,7 +311,9 @@ class Training:
         if here.distributed and options.dist_bn and not options.sync_bn:
             from timm.utils import distribute_bn
 
-            for model in [self.model] + ([] if self.average is None else [self.average.module]):
+            # An average on the CPU is not validated, and NCCL knows no CPU.
+            shared = self.average is not None and not options.model_ema_force_cpu
+            for model in (self.model, *([self.average.module] if shared else [])):
                 distribute_bn(model, here.world, options.dist_bn == "reduce")
 
     def _validate(self, epoch: int, trained: Mapping[str, float]) -> None:
@@ -348,6 +361,7 @@ class Training:
             "optimizer": whole(self.optimizer.state_dict()),
             "run": {
                 "plateau": None if plateau is None else plateau.state_dict(),
+                "restore_lr": getattr(scheduler, "restore_lr", None),
                 "world": self.here.world,
                 "seconds": self.seconds,
             },
@@ -385,7 +399,8 @@ class Training:
         outcome |= {f"test_{key}_last": value for key, value in now.items()}
         if best is not None and best != last:
             path = self.folder / f"model_best{checkpoint.ENDING}"
-            load_model(model, checkpoint.read(path)["state_dict_ema" if average else "state_dict"])
+            content = checkpoint.read(path)  # of before there was an average, perhaps
+            load_model(model, content.get("state_dict_ema", content["state_dict"]) if average else content["state_dict"])
             now = self._evaluate(model, self.data.test)
         return outcome | {f"test_{key}": value for key, value in now.items()}
 
@@ -421,6 +436,27 @@ def _mixup(arguments: Mapping[str, Any] | None) -> Any:
     from timm.data import Mixup
 
     return Mixup(**arguments)
+
+
+#: Options that are in an optimizer's state, which replaces what they say when it is loaded.
+_OF_OPTIMIZER = (
+    *("opt", "opt_kwargs", "opt_eps", "opt_betas", "momentum", "weight_decay", "lr"),
+    *("layer_decay", "layer_decay_min_scale", "layer_decay_no_opt_scale"),
+)
+
+
+def _keep_settings(options: argparse.Namespace, before: argparse.Namespace | None) -> None:
+    """Refuse settings that the checkpoint's would replace without a word; a rate that is not given is its own."""
+    old = {} if before is None else vars(before)
+    if options.lr is None:
+        options.lr = old.get("lr")
+    changed = [key for key in _OF_OPTIMIZER if key in old and old[key] != getattr(options, key)]
+    if changed:
+        told = ", ".join(f"--{key.replace('_', '-')} {getattr(options, key)} (was {old[key]})" for key in changed)
+        raise CommandLineError(
+            f"{told}: a resumed optimizer goes on with the settings of its checkpoint; leave them as they were, or add "
+            "--no-resume-opt, which resumes the weights alone"
+        )
 
 
 def _say_differences(options: argparse.Namespace, before: argparse.Namespace | None) -> None:

@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from train.runs import SMALL, command, differences, environment, last, of_training, summary
 
-from ms_optim.train import checkpoint, run
+from ms_optim.train import checkpoint, run, training
 
 #: float32 sums of 64 gradients in another order: 16 steps make differences of this size in weights of size 0.1.
 TOLERANCE = 2e-5
@@ -104,3 +105,15 @@ def test_sharding_alone_is_refused(tmp_path):
     assert done.returncode == 2
     assert "--fsdp shards weights over several processes" in done.stderr
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("force_cpu", [False, True])
+def test_an_average_on_the_cpu_is_left_out_where_ranks_share_statistics(monkeypatch, force_cpu):
+    # NCCL knows no CPU: sharing would end a run of several GPUs after its first epoch.
+    shared = []
+    monkeypatch.setattr("timm.utils.distribute_bn", lambda model, world, reduce: shared.append((model, world, reduce)))
+    options = SimpleNamespace(dist_bn="reduce", sync_bn=False, model_ema_force_cpu=force_cpu)
+    here, average = SimpleNamespace(distributed=True, world=2), SimpleNamespace(module="average")
+    run = SimpleNamespace(options=options, here=here, model="model", average=average)
+    training.Training._same_statistics(run)
+    assert shared == [("model", 2, True), *([] if force_cpu else [("average", 2, True)])]

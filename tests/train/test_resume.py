@@ -200,3 +200,98 @@ def test_nothing_random_is_drawn_from_a_stream_that_an_epoch_does_not_seed(tmp_p
     monkeypatch.setattr(training, "seed_everything", disturbed)
     run({**settings, "experiment": "disturbed"})
     same_end(tmp_path / "plain", tmp_path / "disturbed")
+
+
+def _stopped(settings, monkeypatch, epochs):
+    """Train, and die when so many epochs have been validated; then go on to the end."""
+    validate, seen = training.Training._validate, []
+
+    def fatal(self, *arguments):
+        validate(self, *arguments)
+        seen.append(0)
+        if len(seen) == epochs:
+            raise Death
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training.Training, "_validate", fatal)
+        with pytest.raises(Death):
+            run(settings)
+    return run({**settings, "resume": "auto"})
+
+
+def test_noise_on_a_plateaus_learning_rate_resumes_with_the_same_bits(tmp_path, monkeypatch):
+    settings = {**SMALL, "epochs": 4, "sched": "plateau", "patience_epochs": 0, "lr_noise": [0.0, 1.0], "lr": 0.5}
+    settings |= {"lr_noise_pct": 0.5, "output": str(tmp_path)}
+    run({**settings, "experiment": "whole"})
+    _stopped({**settings, "experiment": "killed"}, monkeypatch, 2)
+    same_end(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_beginning_again_with_an_earlier_epoch_forgets_the_later_ones(tmp_path):
+    settings = {**SMALL, "epochs": 4, "output": str(tmp_path), "experiment": "run", "sharpness_interval": 2}
+    settings |= {"sharpness_samples": 20}
+    run(settings)
+    outcome = run({**settings, "resume": str(tmp_path / "run"), "start_epoch": 2})
+    rows = summary(tmp_path / "run")
+    assert [row["epoch"] for row in rows] == ["0", "1", "2", "3"]
+    assert outcome["best_epoch"] in (2, 3)
+    assert outcome["validation_top1"] == max(float(row["eval_top1"]) for row in rows[2:])
+    assert [row[0] for row in last(tmp_path / "run")["run"]["sharpness"] if row[1] == "(all)"] == [1, 3]
+
+
+def test_the_best_of_a_run_that_goes_on_from_an_earlier_checkpoint_is_not_of_a_later_one(tmp_path):
+    settings = {**SMALL, "epochs": 4, "output": str(tmp_path), "experiment": "run", "lr": 0.02}
+    run(settings)
+    folder = tmp_path / "run"
+    book = checkpoint.read(folder / "checkpoint-2.pth.tar")
+    assert checkpoint.read(folder / "model_best.pth.tar")["epoch"] == 3  # it gets better in each epoch
+    book["metric"], book["run"]["saver"]["best_metric"] = 0.0, 99.0  # one that is worse than those before
+    torch.save(book, folder / "checkpoint-2.pth.tar")
+    saver = checkpoint.Saver(folder, False, 10)
+    saver.resume(book, folder / "checkpoint-2.pth.tar")
+    assert saver.best_epoch == 1
+    assert checkpoint.read(folder / "model_best.pth.tar")["epoch"] == 1
+    (folder / "checkpoint-1.pth.tar").unlink()
+    (folder / "model_best.pth.tar").unlink()
+    saver = checkpoint.Saver(folder, False, 10)
+    saver.resume(book, folder / "checkpoint-2.pth.tar")
+    assert saver.best_epoch == 2
+    assert checkpoint.read(folder / "model_best.pth.tar")["epoch"] == 2
+
+
+def test_an_average_that_begins_after_the_best_epoch_does_not_hide_it(tmp_path):
+    settings = {**SMALL, "epochs": 2, "output": str(tmp_path), "experiment": "run"}
+    first = run(settings)
+    more = {"model_ema": True, "model_ema_decay": 0.0, "epochs": 3, "lr": 3.0, "resume": "auto", "no_resume_opt": True}
+    outcome = run({**settings, **more})
+    assert outcome["best_epoch"] == first["best_epoch"] == 1
+    assert outcome["test_top1"] == first["test_top1"]
+    assert outcome["test_top1_last"] != first["test_top1"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"weight_decay": 0.1}, r"--weight-decay 0\.1 \(was 0\.0005\)"),
+        ({"lr": 0.2}, r"--lr 0\.2 \(was 0\.1\)"),
+        ({"opt": "adamw"}, r"--opt adamw \(was sgd\)"),
+        ({"opt_kwargs": {"nesterov": False}}, r"--opt-kwargs"),
+    ],
+)
+def test_settings_that_a_resumed_optimizer_would_not_take_are_refused(tmp_path, changed, message):
+    settings = {**SMALL, "epochs": 1, "output": str(tmp_path), "experiment": "run"}
+    run(settings)
+    before = last(tmp_path / "run")
+    again = {**settings, "epochs": 2, "resume": "auto", **changed}
+    with pytest.raises(CommandLineError, match=message):
+        run(again)
+    assert differences(last(tmp_path / "run"), before) == []
+    run({**again, "no_resume_opt": True})
+
+
+def test_a_learning_rate_that_is_not_given_is_the_checkpoints_whatever_the_batch(tmp_path):
+    settings = {key: value for key, value in SMALL.items() if key != "lr"} | {"epochs": 1, "lr_base": 0.2}
+    run({**settings, "output": str(tmp_path), "experiment": "run"})
+    run({**settings, "output": str(tmp_path), "experiment": "run", "resume": "auto", "epochs": 2, "batch_size": 32})
+    group = last(tmp_path / "run")["optimizer"]["param_groups"][0]
+    assert group["initial_lr"] == last(tmp_path / "run")["args"].lr == 0.05
