@@ -400,7 +400,8 @@ class Training:
         if best is not None and best != last:
             path = self.folder / f"model_best{checkpoint.ENDING}"
             content = checkpoint.read(path)  # of before there was an average, perhaps
-            load_model(model, content.get("state_dict_ema", content["state_dict"]) if average else content["state_dict"])
+            plain = content["state_dict"]
+            load_model(model, content.get("state_dict_ema", plain) if average else plain)
             now = self._evaluate(model, self.data.test)
         return outcome | {f"test_{key}": value for key, value in now.items()}
 

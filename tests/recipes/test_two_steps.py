@@ -26,7 +26,10 @@ def is_slow(name):
     """Whether a recipe is left to the slow tests: each network and each optimizer has one that is not."""
     if any(part in name for part in LARGE):
         return not name.endswith(("cifar10_wrn28_10_mssam", "resnet50_msreg", "vit_s_sam"))
-    return name.startswith("cifar100") and name.endswith(("mssam", "msreg"))
+    deep = ("resnet56", "preact", "mixer", "vit_tiny")
+    if name.endswith(("mssam", "msreg")) and any(part in name for part in deep):
+        return not name.endswith(("preact_resnet18_msreg", "cifar10_mixer_mssam"))
+    return name.startswith("cifar100") and not name.endswith("sam")
 
 
 @pytest.fixture(scope="module")

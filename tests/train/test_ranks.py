@@ -55,7 +55,7 @@ def slow(names, fast):
     return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-@pytest.mark.parametrize("name", slow(CASES, ("SAM", "MSSAM")))
+@pytest.mark.parametrize("name", slow(CASES, ("MSSAM",)))
 def test_two_processes_are_one_with_the_joint_batch(tmp_path, name):
     run(joint(CASES[name], tmp_path / "one", 1))
     on_two_ranks(joint(CASES[name], tmp_path / "two", 2))
@@ -69,7 +69,7 @@ def test_two_processes_are_one_with_the_joint_batch(tmp_path, name):
 
 
 @pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="torch 2.6 cannot shard on a CPU")
-@pytest.mark.parametrize("name", slow(("SGD", "MSSAM"), ("MSSAM",)))
+@pytest.mark.parametrize("name", slow(("SGD", "MSSAM"), ()))
 def test_sharded_weights_train_as_whole_ones_and_leave_a_plain_checkpoint(tmp_path, name):
     run(joint(CASES[name], tmp_path / "one", 1))
     own = {**CASES[name], "fsdp": True, "sharpness_interval": 1, "sharpness_samples": 20}
@@ -86,6 +86,7 @@ def test_sharded_weights_train_as_whole_ones_and_leave_a_plain_checkpoint(tmp_pa
     assert last(tmp_path / "two")["epoch"] == 2
 
 
+@pytest.mark.slow
 def test_a_run_of_two_processes_resumes_with_the_same_bits(tmp_path):
     settings = {
         **{"model": "ms_optim.models:small_resnet", "opt": "mssam", "opt_kwargs": {"rho": 0.1, "refresh_every": 3}},

@@ -50,7 +50,7 @@ def same_end(folder, other):
 
 
 @pytest.mark.parametrize(
-    "name", [name if name.startswith("ms") else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+    "name", [name if name.startswith("mssam") else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 )
 def test_a_run_killed_again_and_again_ends_with_the_same_bits(tmp_path, name):
     run(settings_of(name, tmp_path / "whole"))
