@@ -380,7 +380,8 @@ class Training:
                 outcome["images_per_second"] = sum(speeds) / len(speeds)
             for key in ("trace", "minimum_sharpness"):
                 found = [row[key] for row in rows if key in row]
-                outcome |= {key: found[-1]} if found else {}
+                # Of a network whose symmetries cannot be read there is no minimum: not a number that has diverged.
+                outcome |= {key: found[-1]} if found and not math.isnan(found[-1]) else {}
             best = self.saver.best_epoch if self.data.validation is not None else None
             chosen = next((row for row in rows if row["epoch"] == best), {})
             outcome |= {key.replace("eval_", "validation_"): value for key, value in chosen.items() if "eval_" in key}
@@ -395,8 +396,9 @@ class Training:
         outcome |= {f"test_{key}_last": value for key, value in now.items()}
         if best is not None and best != last:
             path = self.folder / f"model_best{checkpoint.ENDING}"
-            content = checkpoint.read(path)  # of before there was an average, perhaps
-            load_model(model, content.get("state_dict_ema", content["state_dict"]) if average else content["state_dict"])
+            content = checkpoint.read(path)
+            plain = content["state_dict"]
+            load_model(model, content.get("state_dict_ema", plain) if average else plain)  # an average may begin later
             now = self._evaluate(model, self.data.test)
         return outcome | {f"test_{key}": value for key, value in now.items()}
 
