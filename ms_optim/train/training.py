@@ -36,7 +36,7 @@ from .optimizer import (
     needs_group,
     ours,
 )
-from .order import Ranks, seed_everything
+from .order import Purpose, Ranks, seed_everything, streams
 from .pipeline import mixing
 from .preset import fill
 from .process import Process, device_name, environment, process
@@ -85,7 +85,8 @@ def train(options: argparse.Namespace, command: str = "") -> Outcome:
     for module in options.device_modules or ():
         import_module(module)
     fill(options)
-    with process(options) as here:
+    # The streams of the caller are as before afterwards: seed_everything seeds them for the run.
+    with process(options) as here, streams(Purpose.EVERYTHING, options.seed, device=here.device):
         if here.primary:
             require_loggers(options)
         folder, resumed = here.of_primary(_place(options) if here.primary else None)
