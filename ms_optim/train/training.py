@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import CommandLineError
+from ..optim.distributed import Ranks as WrappedRanks
 from ..symmetry import ScaleGroup, scale_symmetries
 from . import checkpoint
 from .config import read_settings, write_args
@@ -221,6 +222,9 @@ class Training:
         if here.distributed and not options.fsdp:
             ids = [here.device] if here.device.type == "cuda" else None
             called = DistributedDataParallel(called, device_ids=ids, broadcast_buffers=not options.no_ddp_bb)
+            inner = ours(self.optimizer)
+            if inner is not None:  # which has to keep the wrapper from averaging what each rank has for itself
+                inner.ranks = WrappedRanks([*inner.ranks.modules, called], inner.ranks.choice)
         arguments = mixing(options, options.num_classes)
         criterion = make_criterion(options, arguments is not None).to(here.device)
         steps = Steps(called, self.optimizer, criterion, options, here)
