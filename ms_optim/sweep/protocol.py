@@ -46,8 +46,9 @@ def choose_and_report(
         The results of both stages.
 
     Raises:
-        CommandLineError: If a fresh seed is none: a setting was chosen by it.
+        CommandLineError: If a fresh seed is none: a setting was chosen by it.  Or if the metric is of the test set.
     """
+    choose([], metric, largest)  # refuses the metric now, and not when everything has been trained
     used = sorted({trial.seed for trial in trials} & set(fresh_seeds))
     if used:
         raise CommandLineError(

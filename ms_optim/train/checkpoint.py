@@ -86,7 +86,7 @@ class Saver(CheckpointSaver):  # type: ignore[misc]  # timm publishes no types
         self.save_checkpoint(content["epoch"], content.get("metric"))
 
     def _best_of(self, path: Path, resumed: int, epoch: int | None) -> Path | None:
-        """The best checkpoint as of the resumed one; ``model_best`` may be of a later epoch."""
+        """The best checkpoint as of the resumed one; ``model_best`` may be of a later epoch than that."""
         if epoch is None:
             return None
         files = [path.parent / name for name in (self.best.name, f"{self.save_prefix}-{epoch}{ENDING}")]

@@ -172,7 +172,9 @@ def _initialise(model: nn.Module, path: Path, named: bool) -> None:
         load_checkpoint(model, str(path))
     except Exception as error:
         text = " ".join(str(error).split())[:200] or "there is no such file"
-        raise CommandLineError(f"--initial-checkpoint {path} cannot be loaded: {text}; check --model") from error
+        raise CommandLineError(
+            f"--initial-checkpoint {path} cannot be loaded: {text}; check --model, --stem"
+        ) from error
 
 
 def _wants_small_stem(options: argparse.Namespace, named: bool) -> bool:

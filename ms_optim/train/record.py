@@ -181,19 +181,14 @@ def draw_sharpness(rows: Sequence[Sequence[Any]], path: Path) -> None:
 
 
 def _axes(count: int) -> Any:
-    import matplotlib
+    from matplotlib.figure import Figure  # not pyplot, whose backend is the caller's own
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    return pyplot.subplots(1, count, figsize=(4.5 * count, 3.6), layout="constrained")
+    canvas = Figure(figsize=(4.5 * count, 3.6), layout="constrained")
+    return canvas, canvas.subplots(1, count)
 
 
 def _save(canvas: Any, path: Path) -> None:
-    from matplotlib import pyplot
-
     from ..cli.output import whole_file
 
     with whole_file(path) as file:
         canvas.savefig(file, dpi=110)
-    pyplot.close(canvas)

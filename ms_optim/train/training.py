@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import CommandLineError
+from ..optim.distributed import Ranks as WrappedRanks
 from ..symmetry import ScaleGroup, scale_symmetries
 from . import checkpoint
 from .config import read_settings, write_args
@@ -36,7 +37,7 @@ from .optimizer import (
     needs_group,
     ours,
 )
-from .order import Ranks, seed_everything
+from .order import Purpose, Ranks, seed_everything, streams
 from .pipeline import mixing
 from .preset import fill
 from .process import Process, device_name, environment, process
@@ -85,7 +86,8 @@ def train(options: argparse.Namespace, command: str = "") -> Outcome:
     for module in options.device_modules or ():
         import_module(module)
     fill(options)
-    with process(options) as here:
+    # The streams of the caller are as before afterwards: seed_everything seeds them for the run.
+    with process(options) as here, streams(Purpose.EVERYTHING, options.seed, device=here.device):
         if here.primary:
             require_loggers(options)
         folder, resumed = here.of_primary(_place(options) if here.primary else None)
@@ -220,6 +222,9 @@ class Training:
         if here.distributed and not options.fsdp:
             ids = [here.device] if here.device.type == "cuda" else None
             called = DistributedDataParallel(called, device_ids=ids, broadcast_buffers=not options.no_ddp_bb)
+            inner = ours(self.optimizer)
+            if inner is not None:  # which has to keep the wrapper from averaging what each rank has for itself
+                inner.ranks = WrappedRanks([*inner.ranks.modules, called], inner.ranks.choice)
         arguments = mixing(options, options.num_classes)
         criterion = make_criterion(options, arguments is not None).to(here.device)
         steps = Steps(called, self.optimizer, criterion, options, here)
@@ -289,7 +294,7 @@ class Training:
             found = self.loop.run(epoch, self.epochs)
             self._same_statistics()
             self.seconds = before + time.perf_counter() - begin
-            if self._is_due(epoch, options.val_interval) or self._is_due(epoch, options.sharpness_interval):
+            if (epoch + 1) % options.val_interval == 0 or epoch + 1 == self.epochs:
                 self._validate(epoch, found)
             elif self.loop.scheduler is not None:
                 self.loop.scheduler.step(epoch + 1, None)
@@ -300,10 +305,6 @@ class Training:
             self._finish(outcome, command)
         self.here.wait()
         return outcome if self.here.primary else {}
-
-    def _is_due(self, epoch: int, interval: int) -> bool:
-        """Whether something is done after an epoch that is done every so many epochs (0: never), and after the last."""
-        return interval > 0 and ((epoch + 1) % interval == 0 or epoch + 1 == self.epochs)
 
     def _same_statistics(self) -> None:
         """Running statistics of BatchNorm, the same on all ranks."""
@@ -331,7 +332,7 @@ class Training:
         row |= {"lr": self.loop.learning_rate(), "images_per_second": trained["images_per_second"]}
         row["seconds"] = self.seconds
         rows = []
-        if self.sharpness is not None and self._is_due(epoch, options.sharpness_interval):
+        if self.sharpness is not None and ((epoch + 1) % options.sharpness_interval == 0 or epoch + 1 == self.epochs):
             measured = self.sharpness.measure(self.model, epoch)
             row |= {"trace": measured.trace, "minimum_sharpness": measured.minimum}
             rows = measured.rows
@@ -384,7 +385,8 @@ class Training:
                 outcome["images_per_second"] = sum(speeds) / len(speeds)
             for key in ("trace", "minimum_sharpness"):
                 found = [row[key] for row in rows if key in row]
-                outcome |= {key: found[-1]} if found else {}
+                # Of a network whose symmetries cannot be read there is no minimum: not a number that has diverged.
+                outcome |= {key: found[-1]} if found and not math.isnan(found[-1]) else {}
             best = self.saver.best_epoch if self.data.validation is not None else None
             chosen = next((row for row in rows if row["epoch"] == best), {})
             outcome |= {key.replace("eval_", "validation_"): value for key, value in chosen.items() if "eval_" in key}
@@ -399,9 +401,9 @@ class Training:
         outcome |= {f"test_{key}_last": value for key, value in now.items()}
         if best is not None and best != last:
             path = self.folder / f"model_best{checkpoint.ENDING}"
-            content = checkpoint.read(path)  # of before there was an average, perhaps
+            content = checkpoint.read(path)
             plain = content["state_dict"]
-            load_model(model, content.get("state_dict_ema", plain) if average else plain)
+            load_model(model, content.get("state_dict_ema", plain) if average else plain)  # an average may begin later
             now = self._evaluate(model, self.data.test)
         return outcome | {f"test_{key}": value for key, value in now.items()}
 

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ms_optim.errors import CommandLineError
-from ms_optim.sweep import Report, Result, Trial, at_edge, choose, compare, settings_of
+from ms_optim.sweep import Report, Resources, Result, Trial, at_edge, choose, choose_and_report, compare, settings_of
+from ms_optim.sweep.choice import TEST
 from ms_optim.sweep.trial import DIVERGED, FAILED, FINISHED
 
 
@@ -157,3 +158,9 @@ def test_settings_hold_the_seeds_together():
     assert [setting.mean("validation_top1")[0] for setting in found] == [2, 5]
     assert [setting.count(FAILED) for setting in found] == [0, 1]
     assert found[0].mean("validation_top1")[1] == 1.0  # s / √n = √2 / √2
+
+
+def test_choosing_by_the_test_set_is_refused_before_anything_is_run(tmp_path):
+    with pytest.raises(CommandLineError, match="cannot be chosen by test_top1"):
+        choose_and_report([Trial({"rho": 0.1})], [1], "sweep.trials:accuracy", tmp_path, Resources(0), metric=TEST)
+    assert list(tmp_path.iterdir()) == []

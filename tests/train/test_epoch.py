@@ -4,8 +4,9 @@ import pytest
 import torch
 from train.runs import SMALL, summary
 
-from ms_optim.errors import DivergedError
-from ms_optim.train import run, steps
+from ms_optim.errors import DivergedError, SymmetryError
+from ms_optim.sweep.trial import FINISHED, Result, Trial
+from ms_optim.train import run, sharpness_log, steps
 
 
 def settings_of(folder, **more):
@@ -32,3 +33,14 @@ def test_steps_that_overflow_in_float16_are_left_out_of_the_loss(tmp_path, monke
     kept = [float(loss) for place, loss in enumerate(found) if place != 1]
     assert outcome["train_loss"] == pytest.approx(sum(kept) / len(kept), rel=1e-6)
     assert float(summary(tmp_path / "run")[0]["train_loss"]) == pytest.approx(outcome["train_loss"], rel=1e-4)
+
+
+def test_a_minimum_sharpness_that_cannot_be_known_is_missing_and_the_run_has_not_diverged(tmp_path, monkeypatch):
+    def unreadable(*_):
+        raise SymmetryError("this graph cannot be read")
+
+    monkeypatch.setattr(sharpness_log, "scale_symmetries", unreadable)
+    outcome = run(settings_of(tmp_path / "run", sharpness_interval=1, sharpness_samples=20))
+    assert outcome["trace"] > 0
+    assert "minimum_sharpness" not in outcome
+    assert Result.returned(Trial({}), outcome).status == FINISHED

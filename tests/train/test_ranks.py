@@ -9,7 +9,7 @@ import pytest
 import torch
 from train.runs import SMALL, command, differences, environment, last, of_training, summary
 
-from ms_optim.train import checkpoint, run, training
+from ms_optim.train import checkpoint, order, run, training
 
 #: float32 sums of 64 gradients in another order: 16 steps make differences of this size in weights of size 0.1.
 TOLERANCE = 2e-5
@@ -118,3 +118,24 @@ def test_an_average_on_the_cpu_is_left_out_where_ranks_share_statistics(monkeypa
     run = SimpleNamespace(options=options, here=here, model="model", average=average)
     training.Training._same_statistics(run)
     assert shared == [("model", 2, True), *([] if force_cpu else [("average", 2, True)])]
+
+
+@pytest.mark.parametrize("m", ["local", pytest.param(32, marks=pytest.mark.slow)])
+def test_each_rank_has_a_perturbation_of_its_own_where_m_says_so(tmp_path, monkeypatch, m):
+    case = {"opt": "msoptimsam", "opt_kwargs": {"rho": 0.5}}
+
+    def one(name, m):
+        run(joint({**case, "opt_kwargs": {"rho": 0.5, "m": m}}, tmp_path / name, 1))
+        return last(tmp_path / name)
+
+    on_two_ranks(joint({**case, "opt_kwargs": {"rho": 0.5, "m": m}}, tmp_path / "two", 2))
+    # One process whose batches of 64 hold the first rank's images first.
+    indices = order.TrainingOrder.indices
+
+    def by_rank(self):
+        return torch.cat([torch.cat([batch[0::2], batch[1::2]]) for batch in indices(self).split(64)])
+
+    monkeypatch.setattr(order.TrainingOrder, "indices", by_rank)
+    compare_weights(one("one", 32), last(tmp_path / "two"))
+    with pytest.raises(AssertionError):  # and that is not the joint perturbation
+        compare_weights(one("joint", "global"), last(tmp_path / "two"))

@@ -1,5 +1,8 @@
 """The start of a training: what it begins with, and what is left of one that cannot begin."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from train.runs import SMALL, last
@@ -39,3 +42,15 @@ def test_nothing_is_left_of_a_training_that_cannot_begin(tmp_path, wrong):
 def test_a_learning_rate_of_zero_is_not_replaced(tmp_path):
     run({**SMALL, "epochs": 1, "output": str(tmp_path), "experiment": "run", "lr": 0.0})
     assert last(tmp_path / "run")["optimizer"]["param_groups"][0]["initial_lr"] == 0.0
+
+
+def test_a_training_leaves_the_streams_and_the_figures_of_its_process_alone(tmp_path):
+    matplotlib = pytest.importorskip("matplotlib")
+    backend = dict.__getitem__(matplotlib.rcParams, "backend")
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    run({**SMALL, "epochs": 1, "output": str(tmp_path), "experiment": "run"})
+    after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    assert before[:2] == after[:2]
+    assert torch.equal(before[2], after[2])
+    assert dict.__getitem__(matplotlib.rcParams, "backend") == backend
+    assert (tmp_path / "run" / "curves.png").stat().st_size > 1000
