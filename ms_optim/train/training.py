@@ -294,7 +294,7 @@ class Training:
             found = self.loop.run(epoch, self.epochs)
             self._same_statistics()
             self.seconds = before + time.perf_counter() - begin
-            if (epoch + 1) % options.val_interval == 0 or epoch + 1 == self.epochs:
+            if self._is_due(epoch, options.val_interval) or self._is_due(epoch, options.sharpness_interval):
                 self._validate(epoch, found)
             elif self.loop.scheduler is not None:
                 self.loop.scheduler.step(epoch + 1, None)
@@ -305,6 +305,10 @@ class Training:
             self._finish(outcome, command)
         self.here.wait()
         return outcome if self.here.primary else {}
+
+    def _is_due(self, epoch: int, interval: int) -> bool:
+        """Whether something is done after an epoch that is done every so many epochs (0: never), and after the last."""
+        return interval > 0 and ((epoch + 1) % interval == 0 or epoch + 1 == self.epochs)
 
     def _same_statistics(self) -> None:
         """Running statistics of BatchNorm, the same on all ranks."""
@@ -332,7 +336,7 @@ class Training:
         row |= {"lr": self.loop.learning_rate(), "images_per_second": trained["images_per_second"]}
         row["seconds"] = self.seconds
         rows = []
-        if self.sharpness is not None and ((epoch + 1) % options.sharpness_interval == 0 or epoch + 1 == self.epochs):
+        if self.sharpness is not None and self._is_due(epoch, options.sharpness_interval):
             measured = self.sharpness.measure(self.model, epoch)
             row |= {"trace": measured.trace, "minimum_sharpness": measured.minimum}
             rows = measured.rows
