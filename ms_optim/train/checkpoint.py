@@ -15,6 +15,7 @@ timm loads them, and ``ms-optim measure`` does.  Three things are ours:
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,6 +50,8 @@ class Saver(CheckpointSaver):  # type: ignore[misc]  # timm publishes no types
             max_history=max_history,
         )
         self.folder = folder
+        for left in (*folder.glob(".*.tar"), *folder.glob("*.new")):  # half of a file, of a process that died
+            left.unlink(missing_ok=True)
         self._content: dict[str, Any] | None = None
         self._source = self.last
 
@@ -58,8 +61,10 @@ class Saver(CheckpointSaver):  # type: ignore[misc]  # timm publishes no types
         Args:
             content: As of :func:`content_of`.
             epoch: The epoch, counted from 0.
-            metric: What checkpoints are ranked by.
+            metric: What checkpoints are ranked by; one that is no number is the worst.
         """
+        if math.isnan(metric):
+            metric = math.inf if self.decreasing else -math.inf
         self._content = {**content, "epoch": epoch, "metric": metric, "version": 2}
         self._content["run"] = {**content["run"], "saver": self._books()}
         try:

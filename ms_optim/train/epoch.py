@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,7 @@ class Loop:
     scheduler: Any = None
     average: Any = None
     mixup: Any = None
+    waited: float = 0.0  # seconds of this epoch spent waiting for data
 
     @property
     def optimizer(self) -> Optimizer:
@@ -74,29 +76,23 @@ class Loop:
         Raises:
             DivergedError: If the loss is not finite.
         """
-        options, process = self.options, self.process
+        process = self.process
         self.steps.model.train()
         self.optimizer.zero_grad()
         self._mix(epoch)
         # Of what counts: the summed loss and the number of samples.
         total = torch.zeros(2, dtype=torch.float64 if process.device.type != "mps" else None, device=process.device)
-        samples, update, window = 0, 0, list[Batch]()
-        begin = data_begin = time.perf_counter()
-        waited = 0.0
+        samples = 0
+        begin = time.perf_counter()
+        self.waited = 0.0
         with Bar(self.updates, f"epoch {epoch}", process.primary) as bar:
-            for index, (x, y) in enumerate(self.batches, 1):
-                waited += time.perf_counter() - data_begin
-                window.append(self._prepared(x, y))
-                if len(window) == options.grad_accum_steps or index == len(self.batches):
-                    loss = self.steps.take(window)
-                    update += 1
-                    count = sum(len(images) for images, _ in window)
-                    total += self._counted(loss.to(total.dtype), count)
-                    samples += count
-                    window = []
-                    self._after_step(epoch * self.updates + update)
-                    self._say(epoch, epochs, update, loss, samples, begin, waited, bar)
-                data_begin = time.perf_counter()
+            for update, window in enumerate(self._windows(), 1):
+                loss = self.steps.take(window)
+                count = sum(len(images) for images, _ in window)
+                total += self._counted(loss.to(total.dtype), count)
+                samples += count
+                self._after_step(epoch * self.updates + update)
+                self._say(epoch, epochs, update, loss, samples, begin, bar)
         if hasattr(self.optimizer, "sync_lookahead"):
             self.optimizer.sync_lookahead()
         summed, counted, images = process.summed(*total, samples)
@@ -105,6 +101,20 @@ class Loop:
         mean = summed / counted if 2 * counted >= images else math.nan
         _require_finite(mean, epoch, self.learning_rate())
         return {"loss": mean, "images_per_second": images / seconds, "seconds": seconds}
+
+    def _windows(self) -> Iterator[list[Batch]]:
+        """The micro-batches of one step after another; the last step may have fewer (so may a stream than it said)."""
+        window: list[Batch] = []
+        begin = time.perf_counter()
+        for x, y in self.batches:
+            self.waited += time.perf_counter() - begin
+            window.append(self._prepared(x, y))
+            if len(window) == self.options.grad_accum_steps:
+                yield window
+                window = []
+            begin = time.perf_counter()
+        if window:
+            yield window
 
     def _prepared(self, x: Any, y: Any) -> Batch:
         """A batch on the device, mixed if the loader has not done so (soft targets also where mixing is off)."""
@@ -141,7 +151,6 @@ class Loop:
         loss: torch.Tensor,
         samples: int,
         begin: float,
-        waited: float,
         bar: Bar,
     ) -> None:
         """A line, or the bar's text, every now and then."""
@@ -158,7 +167,7 @@ class Loop:
         bar.advance(share)
         if not bar.shown and self.process.primary:
             of = f"{update:>4d}/{self.updates} ({100 * update / self.updates:>3.0f}%)"
-            logger.info("train: epoch %d/%d [%s] %s, waited %.1f s for data", epoch, epochs, of, share, waited)
+            logger.info("train: epoch %d/%d [%s] %s, waited %.1f s for data", epoch, epochs, of, share, self.waited)
 
 
 def _require_finite(loss: float, epoch: int, rate: float) -> None:

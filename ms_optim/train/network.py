@@ -161,9 +161,12 @@ def _of_timm(options: argparse.Namespace) -> nn.Module:
 
 
 def _initialise(model: nn.Module, path: Path, named: bool) -> None:
-    """Load first weights; a model of timm as timm does it, which takes a file's moving average if there is one."""
+    """Load first weights, a file's moving average of them if there is one, as timm does it."""
     if named:
-        checkpoint = read_checkpoint(path)
+        try:
+            checkpoint = read_checkpoint(path, averaged=True)
+        except CommandLineError:  # there is none, or no file, which is said in the next line
+            checkpoint = read_checkpoint(path)
         load_into(model, checkpoint.state, str(checkpoint))
         return
     from timm.models import load_checkpoint

@@ -129,7 +129,7 @@ def _model(made: argparse.ArgumentParser) -> None:
     add("--drop-block", type=float, help="DropBlock, of models that have it")
     add("--bn-momentum", type=float, help="of BatchNorm, of models that take it")
     add("--bn-eps", type=float, help="of BatchNorm, of models that take it")
-    add("--grad-checkpointing", default=False, help="recompute activations in the backward pass")
+    add("--grad-checkpointing", default=False, help="recompute activations (BatchNorm counts twice)")
     add("--head-init-scale", type=float, help="factor on the classifier's first weights")
     add("--head-init-bias", type=float, help="the classifier's first bias")
 

@@ -147,7 +147,9 @@ class Training:
         self.model.to(device)
         if options.channels_last:
             self.model.to(memory_format=torch.channels_last)
-        if here.distributed and options.sync_bn:
+        if options.sync_bn and (not here.distributed or device.type == "cpu"):
+            raise CommandLineError("--sync-bn is for several processes with a GPU each; leave it out")
+        if options.sync_bn:
             from timm.layers import convert_sync_batchnorm
 
             self.model = convert_sync_batchnorm(self.model)

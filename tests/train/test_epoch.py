@@ -1,12 +1,15 @@
 """Epochs: what is averaged over one, and when a training is given up."""
 
+import argparse
+
 import pytest
 import torch
 from train.runs import SMALL, summary
 
+from ms_optim import models
 from ms_optim.errors import DivergedError, SymmetryError
 from ms_optim.sweep.trial import FINISHED, Result, Trial
-from ms_optim.train import run, sharpness_log, steps
+from ms_optim.train import checkpoint, epoch, process, run, sharpness_log, steps
 
 
 def settings_of(folder, **more):
@@ -44,3 +47,37 @@ def test_a_minimum_sharpness_that_cannot_be_known_is_missing_and_the_run_has_not
     assert outcome["trace"] > 0
     assert "minimum_sharpness" not in outcome
     assert Result.returned(Trial({}), outcome).status == FINISHED
+
+
+class Stream(list):
+    """Batches that are fewer than was said."""
+
+    mixes = False
+
+    def __len__(self):
+        return 10
+
+
+def test_the_last_micro_batches_of_a_stream_that_ends_early_are_stepped_along():
+    torch.manual_seed(0)
+    model = models.digits_mlp()
+    options = argparse.Namespace(
+        **{"amp": False, "amp_dtype": "float16", "clip_grad": None, "clip_mode": "norm", "grad_accum_steps": 2},
+        **{"mixup_off_epoch": 0, "channels_last": False, "synchronize_step": False, "log_interval": 100},
+    )
+    here = process.Process(torch.device("cpu"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    made = steps.Steps(model, optimizer, torch.nn.CrossEntropyLoss(), options, here)
+    windows = []
+    take = made.take
+    made.take = lambda window: (windows.append(len(window)), take(window))[1]
+    batches = Stream((torch.randn(4, 1, 8, 8), torch.randint(10, (4,))) for _ in range(5))
+    found = epoch.Loop(made, model, batches, options, here).run(0, 1)
+    assert windows == [2, 2, 1] and found["loss"] > 0
+
+
+def test_a_metric_that_is_no_number_is_never_the_best(tmp_path):
+    saver = checkpoint.Saver(tmp_path, decreasing=True, max_history=2)
+    for index, metric in enumerate((float("nan"), 0.5, float("nan"), 0.7)):
+        saver.save({"run": {}, "state_dict": {}, "optimizer": {}}, index, metric)
+    assert saver.best_epoch == 1 and checkpoint.read(saver.best)["epoch"] == 1

@@ -54,3 +54,30 @@ def test_a_training_leaves_the_streams_and_the_figures_of_its_process_alone(tmp_
     assert torch.equal(before[2], after[2])
     assert dict.__getitem__(matplotlib.rcParams, "backend") == backend
     assert (tmp_path / "run" / "curves.png").stat().st_size > 1000
+
+
+def test_first_weights_are_a_files_moving_average_if_it_has_one(tmp_path):
+    settings = {**SMALL, "epochs": 1, "output": str(tmp_path)}
+    run({**settings, "experiment": "first", "model_ema": True, "model_ema_decay": 0.5})
+    saved = last(tmp_path / "first")
+    file = str(tmp_path / "first" / "last.pth.tar")
+    run({**settings, "experiment": "second", "initial_checkpoint": file, "lr": 0.0})
+    found = last(tmp_path / "second")["state_dict"]
+    assert all(torch.equal(found[name], saved["state_dict_ema"][name]) for name in found)
+    assert not torch.equal(saved["state_dict_ema"]["1.weight"], saved["state_dict"]["1.weight"])
+
+
+def test_joint_statistics_are_refused_where_there_is_nobody_to_join(tmp_path):
+    with pytest.raises(CommandLineError, match="--sync-bn is for several processes with a GPU each"):
+        run({**SMALL, "output": str(tmp_path), "sync_bn": True})
+
+
+def test_halves_of_files_of_a_process_that_died_are_cleared_away(tmp_path):
+    settings = {**SMALL, "epochs": 1, "output": str(tmp_path), "experiment": "run"}
+    run(settings)
+    for name in (".tmp.pth.abc123.tar", "model_best.pth.tar.new"):
+        (tmp_path / "run" / name).write_bytes(b"half")
+    run({**settings, "epochs": 2, "resume": "auto"})
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert not {name for name in names if name.startswith(".") or name.endswith(".new")}
+    assert "model_best.pth.tar" in names
