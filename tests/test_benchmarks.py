@@ -32,8 +32,8 @@ from ms_optim.sweep import Result, Trial
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [
     *("trace_speed", "overhead", "refresh_memory", "paper_efficiency", "diagonal_error"),
-    *("peers", "equal_time", "trace_limit", "conformance", "throughput"),
-    pytest.param("trace_growth", marks=pytest.mark.slow),
+    *("peers", "equal_time", "trace_limit", "conformance"),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("trace_growth", "throughput")),
     pytest.param("flat_minima", marks=pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")),
     pytest.param("universal_class", marks=pytest.mark.skipif(not hasattr(ms_optim, "FrobSAM"), reason="no FrobSAM")),
 ]
