@@ -25,7 +25,7 @@ LARGE = ("wrn28_10", "imagenet")
 def is_slow(name):
     """Whether a recipe is left to the slow tests: each network and each optimizer has one that is not."""
     if any(part in name for part in LARGE):
-        return not name.endswith(("cifar10_wrn28_10_mssam", "resnet50_msreg", "vit_s_sam"))
+        return not name.endswith(("cifar10_wrn28_10_sgd", "resnet50_sgd", "vit_s_sam"))
     deep = ("resnet56", "preact", "mixer", "vit_tiny")
     if name.endswith(("mssam", "msreg")) and any(part in name for part in deep):
         return not name.endswith(("preact_resnet18_msreg", "cifar10_mixer_mssam"))

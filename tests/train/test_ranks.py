@@ -120,6 +120,7 @@ def test_an_average_on_the_cpu_is_left_out_where_ranks_share_statistics(monkeypa
     assert shared == [("model", 2, True), *([] if force_cpu else [("average", 2, True)])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("m", ["local", pytest.param(32, marks=pytest.mark.slow)])
 def test_each_rank_has_a_perturbation_of_its_own_where_m_says_so(tmp_path, monkeypatch, m):
     case = {"opt": "msoptimsam", "opt_kwargs": {"rho": 0.5}}
