@@ -1,7 +1,7 @@
 """Every recipe takes two steps: its model, its optimizer, its augmentation, on a few images of its data set's shape.
 
 The images lie in folders, as a user's may; presets say what the data set's are like.  Where the real data are,
-MNIST, and CIFAR-10 for the recipe that was measured on it, take the place of the folders.
+MNIST, and CIFAR-10 for one of the recipes that were measured on it, take the place of the folders.
 """
 
 import os
@@ -53,7 +53,7 @@ def data_for(name, images):
         return {}
     if data == "torch/mnist" and REAL:
         return {"data_dir": REAL, "holdout": 4}
-    if name.startswith("cifar10_small") and REAL:
+    if name == "cifar10_small_resnet_mssam" and REAL:
         return {"dataset": "", "preset": "cifar10", "data_dir": str(Path(REAL) / "cifar10"), "holdout": 10}
     if data == "torch/imagenet":
         own = {"dataset": "", "data_dir": str(images("imagenet")), "num_classes": 1000, "holdout": 3, "test_split": ""}
