@@ -37,6 +37,8 @@ from typing import Any
 
 import torch
 
+from ms_optim.machine import processor
+
 RESULTS = Path(__file__).parent / "results"
 Run = dict[str, Any]
 Contender = Callable[[], object]
@@ -300,7 +302,7 @@ def environment(threads: int, device: str = "cpu") -> dict[str, Any]:
         "torch": torch.__version__,
         **versions,
         "system": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu_model(),
+        "cpu": processor() or platform.processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": threads,
@@ -308,13 +310,6 @@ def environment(threads: int, device: str = "cpu") -> dict[str, Any]:
         # Well above the number of threads: the machine had other work, and the spread shows it.
         "load_average_before": round(os.getloadavg()[0], 2),
     }
-
-
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor()
 
 
 def record(folder: Path, described: Mapping[str, Any], runs: Sequence[Run]) -> None:

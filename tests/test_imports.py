@@ -23,7 +23,7 @@ FLOORS = [
     {"optim"},
     {"integrations", "compat", "checkup"},
     {"__init__"},
-    {"demo", "testing"},
+    {"demo", "testing", "machine"},
     {"cli"},
     {"train"},
     {"sweep"},

@@ -219,14 +219,30 @@ def _classes_in(state: State, model: nn.Module) -> int | None:
     return int(saved.shape[0])
 
 
-def _device(name: str) -> torch.device:
-    """A device that is there."""
+def require_device(name: str) -> torch.device:
+    """A device that is there.
+
+    Args:
+        name: As ``cuda:1``.
+
+    Returns:
+        The device.
+
+    Raises:
+        CommandLineError: If it cannot be used.
+    """
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         first = (str(error).splitlines() or ["not available"])[0]
         raise CommandLineError(f"--device {name} cannot be used: {first}") from error
+    return device
+
+
+def _device(name: str) -> torch.device:
+    """A device that numbers can be read from."""
+    device = require_device(name)
     if device.type == "meta":
         raise CommandLineError("--device meta holds no numbers to measure; take cpu or cuda")
     return device

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import platform
 import signal
 import sys
 import threading
@@ -18,17 +17,16 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from importlib import metadata
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .. import __version__
 from ..cli.command import in_one_line
 from ..cli.named_object import find
 from ..errors import DivergedError, MsOptimError
+from ..machine import software
 from .lock import held
 from .records import LOG, died, write
 from .trial import DIVERGED, Result, Trial, folder_of
@@ -91,15 +89,7 @@ def host() -> dict[str, Any]:
     """
     # Asked of a process that has not used its GPU, its name would cost hundreds of megabytes of it.
     gpu = torch.cuda.get_device_name() if torch.cuda.is_initialized() else None
-    return {
-        "ms_optim": __version__,
-        "torch": torch.__version__,
-        "timm": metadata.version("timm"),
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "gpu": gpu,
-        "threads": torch.get_num_threads(),
-    }
+    return {**software(), "gpu": gpu, "threads": torch.get_num_threads()}
 
 
 def _said(error: BaseException) -> str:

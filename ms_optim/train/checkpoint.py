@@ -59,7 +59,7 @@ class Saver(CheckpointSaver):  # type: ignore[misc]  # timm publishes no types
         """Write an epoch's checkpoint as ``last``, and under whatever other names it deserves.
 
         Args:
-            content: As of :func:`content_of`.
+            content: Weights, optimizer, and under ``"run"`` what timm's checkpoints leave out.
             epoch: The epoch, counted from 0.
             metric: What checkpoints are ranked by; one that is no number is the worst.
         """

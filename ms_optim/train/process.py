@@ -8,7 +8,6 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +15,9 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from ..cli.models import require_device
 from ..errors import CommandLineError
+from ..machine import processor, software
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def process(options: argparse.Namespace) -> Iterator[Process]:
     name = options.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    _require_device(name)
+    require_device(name)
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     settings = SimpleNamespace(device=name)  # timm writes what it finds into it
     device = init_distributed_device(settings)
@@ -116,15 +117,6 @@ def process(options: argparse.Namespace) -> Iterator[Process]:
         torch.set_default_dtype(dtype)
         if found.distributed:
             dist.destroy_process_group()
-
-
-def _require_device(name: str) -> None:
-    """Refuse a device that is not there."""
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first = (str(error).splitlines() or ["not available"])[0]
-        raise CommandLineError(f"--device {name} cannot be used: {first}") from error
 
 
 @contextmanager
@@ -157,20 +149,8 @@ def environment(device: torch.device) -> dict[str, Any]:
     Returns:
         Plain values.
     """
-    import timm
-
-    from .. import __version__
-
-    return {
-        "ms_optim": __version__,
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "device": device_name(device),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }
+    here = {"device": device_name(device), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    return {**software(), **here}
 
 
 def device_name(device: torch.device) -> str:
@@ -184,7 +164,5 @@ def device_name(device: torch.device) -> str:
     """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models and device.type == "cpu" else f"{device.type} ({platform.machine()})"
+    known = processor() if device.type == "cpu" else ""
+    return known or f"{device.type} ({platform.machine()})"

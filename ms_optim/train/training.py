@@ -165,11 +165,11 @@ class Training:
         if content is not None and not options.no_resume_opt:
             _keep_settings(options, content.get("args"))
         decide_learning_rate(options, here.world)
-        images, _ = self.data.sample(options.sharpness_samples if options.sharpness_interval else 2)
         self.sharpness = None
         if options.sharpness_interval:
+            images, _ = self.data.sample(options.sharpness_samples)
             self.sharpness = SharpnessLog(self.model, images, options.sharpness_columns)
-        group = self._sharded(images) if options.fsdp else None
+        group = self._sharded() if options.fsdp else None
         self.optimizer = make_optimizer(self.model, options, group)
         if content is not None:
             self._load(content)
@@ -182,9 +182,9 @@ class Training:
             self._go_on(content)
         self._open(content, resumed)
 
-    def _sharded(self, images: torch.Tensor) -> ScaleGroup | None:
+    def _sharded(self) -> ScaleGroup | None:
         """Shard the model, having read its symmetries first: a sharded model cannot be read."""
-        group = scale_symmetries(self.model, images[:2]) if needs_group(self.options) else None
+        group = scale_symmetries(self.model, self.data.sample(2)[0]) if needs_group(self.options) else None
         shard(self.model, self.here.device, self.here.world)
         return group
 

@@ -50,15 +50,6 @@ def started(settings):
     )
 
 
-def finished(settings):
-    """Train to the end in a process of its own, and return what it printed."""
-    done = subprocess.run(
-        command(settings), env=environment(), capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    return done.stdout
-
-
 def summary(folder):
     """The rows of ``summary.csv`` as text, without the times."""
     with (folder / "summary.csv").open(encoding="utf-8", newline="") as file:

@@ -2,11 +2,11 @@
 
 import os
 import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from distributed.torchrun import on_two_ranks
 from train.runs import SMALL, command, differences, environment, last, of_training, summary
 
 from ms_optim.train import checkpoint, order, run, training
@@ -27,15 +27,9 @@ CASES = {
 }
 
 
-def on_two_ranks(settings):
-    """Train on two ranks."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    words = command(settings)
-    done = subprocess.run(
-        [sys.executable, *launcher, *words[1:]], env=environment(), capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    return done.stdout
+def train_on_two_ranks(settings):
+    """Train on two ranks; what they printed."""
+    return on_two_ranks(*command(settings)[1:])
 
 
 def joint(settings, folder, world):
@@ -58,7 +52,7 @@ def slow(names, fast):
 @pytest.mark.parametrize("name", slow(CASES, ("MSSAM",)))
 def test_two_processes_are_one_with_the_joint_batch(tmp_path, name):
     run(joint(CASES[name], tmp_path / "one", 1))
-    on_two_ranks(joint(CASES[name], tmp_path / "two", 2))
+    train_on_two_ranks(joint(CASES[name], tmp_path / "two", 2))
     one, two = last(tmp_path / "one"), last(tmp_path / "two")
     compare_weights(one, two)
     start = torch.cat([t.flatten() for t in one["state_dict"].values()])
@@ -74,9 +68,9 @@ def test_sharded_weights_train_as_whole_ones_and_leave_a_plain_checkpoint(tmp_pa
     run(joint(CASES[name], tmp_path / "one", 1))
     own = {**CASES[name], "fsdp": True, "sharpness_interval": 1, "sharpness_samples": 20}
     settings = joint(own, tmp_path / "two", 2)
-    on_two_ranks({**settings, "epochs": 1, "sched": "none"})
-    on_two_ranks({**settings, "experiment": "whole", "sched": "none"})
-    on_two_ranks({**settings, "sched": "none", "resume": "auto"})
+    train_on_two_ranks({**settings, "epochs": 1, "sched": "none"})
+    train_on_two_ranks({**settings, "experiment": "whole", "sched": "none"})
+    train_on_two_ranks({**settings, "sched": "none", "resume": "auto"})
     compare_weights(last(tmp_path / "whole"), last(tmp_path / "two"), 0)
     run(joint({**CASES[name], "sched": "none"}, tmp_path / "plain", 1))
     compare_weights(last(tmp_path / "plain"), last(tmp_path / "two"))
@@ -92,9 +86,9 @@ def test_a_run_of_two_processes_resumes_with_the_same_bits(tmp_path):
         **{"model": "ms_optim.models:small_resnet", "opt": "mssam", "opt_kwargs": {"rho": 0.1, "refresh_every": 3}},
         **{"train_num_samples": 256, "crop_padding": 1, "sched": "none"},
     }
-    on_two_ranks(joint(settings, tmp_path / "whole", 2))
-    on_two_ranks({**joint(settings, tmp_path / "parts", 2), "epochs": 1})
-    on_two_ranks({**joint(settings, tmp_path / "parts", 2), "resume": "auto"})
+    train_on_two_ranks(joint(settings, tmp_path / "whole", 2))
+    train_on_two_ranks({**joint(settings, tmp_path / "parts", 2), "epochs": 1})
+    train_on_two_ranks({**joint(settings, tmp_path / "parts", 2), "resume": "auto"})
     assert differences(of_training(last(tmp_path / "whole")), of_training(last(tmp_path / "parts"))) == []
     best = [checkpoint.read(tmp_path / name / "model_best.pth.tar") for name in ("whole", "parts")]
     assert differences(of_training(best[0]), of_training(best[1])) == []
@@ -129,7 +123,7 @@ def test_each_rank_has_a_perturbation_of_its_own_where_m_says_so(tmp_path, monke
         run(joint({**case, "opt_kwargs": {"rho": 0.5, "m": m}}, tmp_path / name, 1))
         return last(tmp_path / name)
 
-    on_two_ranks(joint({**case, "opt_kwargs": {"rho": 0.5, "m": m}}, tmp_path / "two", 2))
+    train_on_two_ranks(joint({**case, "opt_kwargs": {"rho": 0.5, "m": m}}, tmp_path / "two", 2))
     # One process whose batches of 64 hold the first rank's images first.
     indices = order.TrainingOrder.indices
 
