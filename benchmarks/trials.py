@@ -86,9 +86,7 @@ class Trainings:
         known: Iterable[Run] = (),
     ) -> None:
         self.scale, self._function, self._resources, self._keep = scale, function, resources, keep
-        self._known = {
-            canonical(line["settings"]): result_of(line) for line in known if line["status"] != FAILED
-        }
+        self._known = {canonical(line["settings"]): result_of(line) for line in known if line["status"] != FAILED}
         self.results: list[Result] = []
         self.hosts: list[dict[str, Any]] = []
 
