@@ -208,7 +208,7 @@ def details(runs: Sequence[Run]) -> list[str]:
     """
     lines = [
         f"Means ± standard errors over the seeds at the end of training; the least trace that a network with a bias "
-        f"can have is 4√(d + 1) = {least_trace(DIMENSION):.2f}. \"Best\" is the largest mean test accuracy on the way. "
+        f'can have is 4√(d + 1) = {least_trace(DIMENSION):.2f}. "Best" is the largest mean test accuracy on the way. '
         "MS: minimum sharpness, the trace at the balanced representative.",
         "",
         "| network | optimizer | lr / ρ or λ / batch / decay / epochs (row of the paper's Table 2) | seeds "

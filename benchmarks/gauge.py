@@ -31,7 +31,7 @@ WEIGHT_DECAY = 5e-4
 SEEDS, FRESH = (1_000, 1_001), range(6)
 REFERENCE = "SAM"
 
-_RADII = (0.05, 0.1, 0.2, 0.4, 0.8)
+_RADII = (0.03, 0.06, 0.12, 0.24, 0.48)
 #: Contender → optimizer, its options, its radii.
 VARIANTS: dict[str, tuple[str, Mapping[str, Any], tuple[float, ...]]] = {
     "SGD": ("SGD", {}, ()),
@@ -90,7 +90,7 @@ def trial(row: str, contender: str, lr: float, radius: float | None, seed: int, 
     radii = {} if radius is None else {"rho": radius}
     settings = {"problem": row, "scale": scale, "optimizer": optimizer, "options": {**options, **radii}}
     # The rows are for development: test images may be looked at, and say more than as few held-out ones.
-    settings |= {"lr": lr, "weight_decay": WEIGHT_DECAY, "seed": seed, "final": True}
+    settings |= {"lr": lr, "weight_decay": WEIGHT_DECAY, "seed": seed, "test": True}
     return Trial(settings, contender, row, stage)
 
 

@@ -142,9 +142,7 @@ def paired(
         names = [name for name in alive if index < slow.get(name, rounds)]
         order.shuffle(names)
         for name in names:
-            runs.append(
-                {"network": network, "contender": name, "round": index, "seconds": timed(alive[name], device)}
-            )
+            runs.append({"network": network, "contender": name, "round": index, "seconds": timed(alive[name], device)})
     return runs
 
 
@@ -215,9 +213,7 @@ def evaluate(claim: Claim, runs: Sequence[Run]) -> Summary | str:
     if claim.reference is None:
         peaks = [run["peak_bytes"] / 2**30 for run in mine if run["contender"] in claim.terms]
         return Summary.of(peaks) if peaks else "not measured"
-    values = {
-        (run["contender"], run.get("round", 0)): run[claim.quantity] for run in mine if claim.quantity in run
-    }
+    values = {(run["contender"], run.get("round", 0)): run[claim.quantity] for run in mine if claim.quantity in run}
     reference = fastest(claim.reference, values)
     ratios = []
     for (name, index), divisor in values.items():

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 import ms_optim
 from ms_optim.errors import DivergedError
 
+from .corruptions import withstood
 from .problems import Data, Images, Problem, drawn, problem_of
 
 MOMENTUM = 0.9
@@ -167,7 +168,7 @@ def trained(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         settings: ``problem``, ``scale``, ``optimizer``, ``lr``, ``weight_decay``, ``options``, ``seed``; ``epochs``, a
-            factor; ``final``: whether the test images are looked at, and the robustness of the network to noise.
+            factor; ``test``: whether the test images are looked at; ``withstood``: whether it is corrupted, too.
 
     Returns:
         Accuracy on each part, shares of 1.
@@ -176,7 +177,9 @@ def trained(settings: Mapping[str, Any]) -> dict[str, Any]:
     model, epochs = begun(problem, settings, data)
     optimizer = optimizer_in(settings, model, problem, data)
     descend(model, optimizer, data.train, epochs, problem.batch, settings["seed"])
-    parts = {"held_out": data.held_out, "train": data.train}
-    if settings.get("final"):
-        parts["test"] = data.test
-    return {part: accuracy(model, *images) for part, images in parts.items()}
+    found: dict[str, Any] = {"held_out": accuracy(model, *data.held_out), "train": accuracy(model, *data.train)}
+    if settings.get("test"):
+        found["test"] = accuracy(model, *data.test)
+    if settings.get("withstood"):
+        found["withstood"] = withstood(model, data, accuracy)
+    return found

@@ -1,0 +1,178 @@
+r"""What a trained network withstands: noise on its weights, few bits per weight, corrupted images.
+
+Noise on weights is in units of each tensor's own size, so that it does not depend on how the network happens to be
+scaled between its layers; T_p = ‖W_p‖ below, d_p entries in W_p:
+
+    gaussian      W_p + σ T_p z / √d_p ,  z ~ N(0, I)                                   mean over draws
+    adversarial   W_p + r T_p² g_p / √(Σ_q T_q² ‖g_q‖²) ,  g the gradient of the training loss      one step
+    bits          W_p rounded to 2^b − 1 levels, symmetric about 0, from −max|W_p| to max|W_p|
+    image noise   x + σ z ,  z ~ N(0, I), images as the network sees them (MNIST in [−1, 1]; CIFAR-10 of variance 1)
+    erased        a square of the given share of the side of every image set to its mean
+
+Vectors (biases, normalisers) are perturbed by noise like all others and stay as they are when weights are rounded, as
+is usual.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .problems import Data, Images
+
+SIZES: dict[str, tuple[float, ...]] = {
+    "gaussian": (0.1, 0.2, 0.4, 0.8),
+    "adversarial": (0.02, 0.05, 0.1, 0.2),
+    "bits": (8, 4, 3, 2),
+    "image noise": (0.25, 0.5, 1.0),
+    "erased": (0.25, 0.5),
+}
+#: Test images that are looked at, training images for the gradient, draws of random weights.
+TEST, TRAIN, DRAWS = 2_000, 1_000, 3
+
+
+def withstood(model: nn.Module, data: Data, accuracy: Callable[..., float]) -> dict[str, dict[str, float]]:
+    """Test accuracy under every corruption.
+
+    Args:
+        model: A trained network; its weights are the same afterwards.
+        data: What it was trained and is tested on.
+        accuracy: Of a model, on images and labels.
+
+    Returns:
+        Corruption → size → accuracy; size 0, the same images without corruption, under ``"none"``.
+    """
+    draw = torch.Generator().manual_seed(0)
+    x, y = data.test[0][:TEST], data.test[1][:TEST]
+    found: dict[str, dict[str, float]] = {"none": {"0": accuracy(model, x, y)}}
+    slope = gradient(model, data.train)
+    for name, sizes in SIZES.items():
+        cells = found.setdefault(name, {})
+        for size in sizes:
+            if name in ("image noise", "erased"):
+                shown = noisy(x, size, draw) if name == "image noise" else erased(x, size, draw)
+                cells[f"{size:g}"] = accuracy(model, shown, y)
+                continue
+            draws = DRAWS if name == "gaussian" else 1
+            total = 0.0
+            for _ in range(draws):
+                with moved(model, steps(model, name, size, slope, draw)):
+                    total += accuracy(model, x, y)
+            cells[f"{size:g}"] = total / draws
+    return found
+
+
+def gradient(model: nn.Module, images: Images) -> list[Tensor]:
+    """The gradient of the training loss in evaluation mode.
+
+    Args:
+        model: The network.
+        images: To train on; the first :data:`TRAIN` count.
+
+    Returns:
+        One tensor per trainable parameter.
+    """
+    model.eval()
+    x, y = images[0][:TRAIN], images[1][:TRAIN]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return list(torch.autograd.grad(F.cross_entropy(model(x), y), parameters))
+
+
+@torch.no_grad()
+def steps(model: nn.Module, name: str, size: float, slope: list[Tensor], draw: torch.Generator) -> list[Tensor]:
+    """What is added to the weights.
+
+    Args:
+        model: The network.
+        name: ``"gaussian"``, ``"adversarial"`` or ``"bits"``.
+        size: σ, r or b.
+        slope: The gradient.
+        draw: Random stream.
+
+    Returns:
+        One tensor per trainable parameter.
+    """
+    weights = [p for p in model.parameters() if p.requires_grad]
+    norms = [torch.linalg.vector_norm(w) for w in weights]
+    if name == "gaussian":
+        drawn = [torch.randn(w.shape, generator=draw).to(w) for w in weights]
+        return [size * t / w.numel() ** 0.5 * z for t, w, z in zip(norms, weights, drawn, strict=True)]
+    if name == "adversarial":
+        length = sum(((t * g) ** 2).sum() for t, g in zip(norms, slope, strict=True)) ** 0.5  # type: ignore[union-attr]
+        return [size * t**2 * g / length.clamp_min(1e-30) for t, g in zip(norms, slope, strict=True)]
+    return [rounded(w, int(size)) - w if w.dim() > 1 else torch.zeros_like(w) for w in weights]
+
+
+def rounded(weight: Tensor, bits: int) -> Tensor:
+    """A tensor at the nearest of 2^bits − 1 levels, symmetric about 0.
+
+    Args:
+        weight: The tensor.
+        bits: At least 2.
+
+    Returns:
+        The rounded one.
+    """
+    step = weight.abs().max().clamp_min(1e-30) / (2 ** (bits - 1) - 1)
+    return (weight / step).round() * step
+
+
+@contextlib.contextmanager
+def moved(model: nn.Module, by: list[Tensor]) -> Iterator[None]:
+    """The network at other weights, and back, to the bit.
+
+    Args:
+        model: The network.
+        by: What is added to each trainable parameter.
+
+    Yields:
+        Nothing.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    saved = [p.detach().clone() for p in parameters]
+    with torch.no_grad():
+        for p, step in zip(parameters, by, strict=True):
+            p.add_(step)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for p, value in zip(parameters, saved, strict=True):
+                p.copy_(value)
+
+
+def noisy(x: Tensor, size: float, draw: torch.Generator) -> Tensor:
+    """Images with noise.
+
+    Args:
+        x: Images.
+        size: σ.
+        draw: Random stream.
+
+    Returns:
+        Other images.
+    """
+    return x + size * torch.randn(x.shape, generator=draw).to(x)
+
+
+def erased(x: Tensor, share: float, draw: torch.Generator) -> Tensor:
+    """Images with a square set to the image's mean.
+
+    Args:
+        x: Images ``[N, C, H, W]``.
+        share: Of the side of the image.
+        draw: Random stream, for where.
+
+    Returns:
+        Other images.
+    """
+    side = max(1, round(share * x.shape[-1]))
+    place = torch.randint(x.shape[-1] - side + 1, (len(x), 2), generator=draw)
+    rows = torch.arange(x.shape[-2])[None, :, None] - place[:, 0, None, None]
+    columns = torch.arange(x.shape[-1])[None, None, :] - place[:, 1, None, None]
+    inside = ((rows >= 0) & (rows < side) & (columns >= 0) & (columns < side)).to(x.device)
+    return torch.where(inside[:, None], x.mean((2, 3), keepdim=True), x)

@@ -1,0 +1,379 @@
+r"""Accuracy at equal budget: SGD, SAM, three ASAMs, MSSAM, MSRegularizedSGD, RSAM and Frob-SAM, tuned alike.
+
+*Search.*  Learning rate and weight decay are searched on SGD (three times two values).  At what is best there every
+method searches its own scalar (five values: ρ; λ; momentum for SGD, which has no other), and then, at the best of
+those, the learning rate a factor 3 up and down and the other weight decay.  Two seeds each, chosen by accuracy on 5,000
+held-out images whose labels are as noisy as the ones that are trained on.  A choice at the edge of its grid is marked.
+
+*Judgement.*  The chosen setting is trained from eight fresh seeds, each of which draws images, noise, held-out part,
+weights and order, the same for all methods, and the test images are looked at once.  Differences are taken seed by seed
+(paired t-test and signs, both after Holm's correction over the methods of a row).  The reference of a row is the best
+of SAM and the ASAMs *on the test images*, a choice in their favour.
+
+*Rows.*  Two are for development: defaults and grids were chosen by looking at them.  On the other four nothing was.
+
+*Budget.*  Epochs are equal.  SGD is there with twice the epochs as well, which is what SAM's two passes cost; the last
+columns say what a step takes in units of one of SGD's, and what memory is used above model and images, on this machine.
+
+*Weight noise.*  What the networks of the fresh seeds withstand is a page of its own (:mod:`benchmarks.weight_noise`).
+
+    MS_OPTIM_DATA=... python -m benchmarks.equal_budget
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ms_optim import sweep
+from ms_optim.demo.report import mean_and_error
+from ms_optim.sweep import Choice, Difference, Result, Trial
+
+from . import cost, training, trials
+from .harness import Run
+from .problems import PAPER, PROBLEMS
+
+FUNCTION = "benchmarks.equal_budget:trained"
+RATES, DECAYS = (0.02, 0.05, 0.1), (5e-4, 5e-3)
+SEEDS, FRESH = (1_000, 1_001), range(8)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method, and what it searches.
+
+    Attributes:
+        optimizer: Its name.
+        scalar: The argument that it searches.
+        values: Five of them, rising.
+        options: Its other arguments.
+        epochs: A factor.
+        shown: The scalar's symbol.
+    """
+
+    optimizer: str
+    scalar: str
+    values: tuple[float, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    epochs: int = 1
+    shown: str = "ρ"
+
+
+_RADII = (0.03, 0.06, 0.12, 0.24, 0.48)
+_ADAPTIVE = (0.25, 0.5, 1.0, 2.0, 4.0)
+SGD, LONGER, MSSAM = "SGD", "SGD, twice the epochs", "MSSAM"
+#: Those of which the best one is the reference.
+BASELINES = ("SAM", "ASAM, official", "ASAM, elementwise", "ASAM, layer")
+CONTENDERS: dict[str, Contender] = {
+    SGD: Contender("SGD", "momentum", (0.0, 0.5, 0.8, 0.9, 0.95), shown="momentum"),
+    LONGER: Contender("SGD", "momentum", (0.0, 0.5, 0.8, 0.9, 0.95), epochs=2, shown="momentum"),
+    "SAM": Contender("SAM", "rho", _RADII),
+    "ASAM, official": Contender("ASAM", "rho", _ADAPTIVE, {"operator": "official"}),
+    "ASAM, elementwise": Contender("ASAM", "rho", _ADAPTIVE, {"operator": "elementwise"}),
+    "ASAM, layer": Contender("ASAM", "rho", (0.01, 0.02, 0.04, 0.08, 0.16), {"operator": "layer"}),
+    MSSAM: Contender("MSSAM", "rho", _RADII),
+    "MSRegularizedSGD, trace": Contender("MSRegularizedSGD", "strength", (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), shown="λ"),
+    "MSRegularizedSGD, noise": Contender(
+        "MSRegularizedSGD", "strength", (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), {"gradient": "noise"}, shown="λ"
+    ),
+    "RSAM": Contender("RSAM", "rho", (0.1, 0.2, 0.4, 0.8, 1.6), {"order": 1.2}),
+    "FrobSAM": Contender("FrobSAM", "strength", (1e-5, 1e-4, 1e-3, 3e-3, 1e-2), {"rho": 0.01}, shown="λ"),
+}
+
+
+def trained(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Train once, or take the time and memory of steps: the function of the sweep.
+
+    Args:
+        settings: As of :func:`benchmarks.training.trained`; or ``cost``, as of :func:`benchmarks.cost.measured`.
+
+    Returns:
+        What was found.
+    """
+    return cost.measured(settings) if "cost" in settings else training.trained(settings)
+
+
+def trial(
+    row: str, name: str, lr: float, weight_decay: float, value: float, seed: int, scale: str, stage: str = "tuning"
+) -> Trial:
+    """One training.
+
+    Args:
+        row: The problem.
+        name: Of :data:`CONTENDERS`.
+        lr: The learning rate.
+        weight_decay: The weight decay.
+        value: Of the method's scalar.
+        seed: The seed.
+        scale: The scale.
+        stage: ``"tuning"`` or ``"fresh"``.
+
+    Returns:
+        The trial.
+    """
+    method = CONTENDERS[name]
+    settings: dict[str, Any] = {"problem": row, "scale": scale, "optimizer": method.optimizer}
+    settings |= {"options": {**method.options, method.scalar: value}, "lr": lr, "weight_decay": weight_decay}
+    settings |= {"seed": seed} | ({"epochs": method.epochs} if method.epochs != 1 else {})
+    settings |= {"test": True, "withstood": True} if stage == "fresh" else {}
+    return Trial(settings, name, row, stage)
+
+
+def plan(run: trials.Trainings) -> None:
+    """Search, judge, and weigh: row by row.
+
+    Args:
+        run: The trainings.
+    """
+    rows = PAPER if run.scale == "paper" else PROBLEMS
+    for row in rows if run.scale != "smoke" else list(rows)[1:4:2]:
+        judged(run, row)
+
+
+def judged(run: trials.Trainings, row: str) -> None:
+    """All stages of a row.
+
+    Args:
+        run: The trainings.
+        row: The problem.
+    """
+    full = run.scale != "smoke"
+    seeds, fresh = (SEEDS, FRESH) if full else (SEEDS[:1], FRESH[:2])
+    rates, decays = (RATES, DECAYS) if full else (RATES[-1:], DECAYS[:1])
+    middle = 0.9
+    first = run([trial(row, SGD, lr, wd, middle, seed, run.scale) for lr in rates for wd in decays for seed in seeds])
+    start = sweep.choose(first, "held_out")[0].setting.settings
+    lr, wd = start["lr"], start["weight_decay"]
+    found = first + run(
+        [
+            trial(row, name, lr, wd, value, seed, run.scale)
+            for name, method in CONTENDERS.items()
+            for value in (method.values if full else method.values[2:4])
+            for seed in seeds
+        ]
+    )
+    around = [(lr / 3, wd), (lr * 3, wd), *((lr, other) for other in decays if other != wd)] if full else []
+    wanted = []
+    for choice in sweep.choose(found, "held_out"):
+        best = scalar(choice)
+        wanted += [
+            trial(row, choice.setting.method, *there, best, seed, run.scale) for there in around for seed in seeds
+        ]
+    found += run(wanted)
+    chosen = []
+    for choice in sweep.choose(found, "held_out"):
+        settings = choice.setting.settings
+        there = (settings["lr"], settings["weight_decay"], scalar(choice))
+        chosen += [trial(row, choice.setting.method, *there, seed, run.scale, "fresh") for seed in fresh]
+    run(chosen)
+    run([cost_trial(row, run.scale)])
+
+
+def cost_trial(row: str, scale: str) -> Trial:
+    """Time and memory of a step of every method.
+
+    Args:
+        row: The problem.
+        scale: The scale.
+
+    Returns:
+        The trial.
+    """
+    methods = {
+        name: [method.optimizer, {**method.options, method.scalar: method.values[2]}]
+        for name, method in CONTENDERS.items()
+        if name != LONGER
+    }
+    return Trial({"cost": methods, "problem": row, "scale": scale, "seed": 0}, "all", row, "cost")
+
+
+def scalar(choice: Choice) -> float:
+    """The value of the method's own argument."""
+    value: float = choice.setting.settings["options"][CONTENDERS[choice.setting.method].scalar]
+    return value
+
+
+def chosen_text(choice: Choice) -> str:
+    """What was chosen, with marks at the edges of the grids.
+
+    Args:
+        choice: Of a method.
+
+    Returns:
+        Words.
+    """
+    settings, method = choice.setting.settings, CONTENDERS[choice.setting.method]
+    mark = " (edge)" if sweep.at_edge(scalar(choice), method.values) else ""
+    return f"{method.shown} {scalar(choice):g}{mark}, lr {settings['lr']:.3g}, wd {settings['weight_decay']:g}"
+
+
+def accuracies(results: Sequence[Result], row: str, name: str) -> dict[int, float]:
+    """Test accuracy from fresh seeds; a training that diverged has that of chance.
+
+    Args:
+        results: All.
+        row: The problem.
+        name: The method.
+
+    Returns:
+        Seed → per cent.
+    """
+    mine = [r for r in results if (r.trial.problem, r.trial.method, r.trial.stage) == (row, name, "fresh")]
+    found = {}
+    for result in mine:
+        value = result.value("test")
+        if value is not None or result.status == "diverged":
+            found[int(result.trial.seed)] = 10.0 if value is None else 100 * value
+    return found
+
+
+def reference(results: Sequence[Result], row: str) -> str | None:
+    """The best of SAM and the ASAMs on the test images.
+
+    Args:
+        results: All.
+        row: The problem.
+
+    Returns:
+        Its name; ``None`` if none was run.
+    """
+    found = {name: list(accuracies(results, row, name).values()) for name in BASELINES}
+    means = {name: mean_and_error(values)[0] for name, values in found.items() if values}
+    return max(means, key=means.__getitem__) if means else None
+
+
+def differences(results: Sequence[Result], row: str) -> dict[str, Difference]:
+    """Every method minus the reference, seed by seed.
+
+    Args:
+        results: All.
+        row: The problem.
+
+    Returns:
+        Method → difference, in points.
+    """
+    best = reference(results, row)
+    if best is None:
+        return {}
+    base = accuracies(results, row, best)
+    found = {}
+    for name in CONTENDERS:
+        mine = accuracies(results, row, name)
+        if mine and name != best:
+            found[name] = Difference.of([value - base[seed] for seed, value in mine.items() if seed in base])
+    return found
+
+
+def verdict(difference: Difference, corrected: float) -> str:
+    """What a difference says at the level of 5 %, corrected.
+
+    Args:
+        difference: Method minus reference.
+        corrected: The p-value of the t-test after Holm's correction.
+
+    Returns:
+        A word or two.
+    """
+    if not math.isfinite(corrected) or corrected > 0.05:
+        return "no difference shown"
+    return "better" if difference.mean > 0 else "worse"
+
+
+def body(runs: Sequence[Run]) -> list[str]:
+    """A table for every row.
+
+    Args:
+        runs: All lines of one run.
+
+    Returns:
+        Lines of Markdown.
+    """
+    results = [trials.result_of(run) for run in runs]
+    lines = [
+        "Test accuracy in per cent, mean ± standard error over fresh seeds; difference to the best of SAM and the "
+        "ASAMs [95 % interval]; p after Holm's correction, of the t-test and of the signs.",
+    ]
+    choices = sweep.choose(results, "held_out")
+    for row, problem in {**PROBLEMS, **PAPER}.items():
+        mine = {choice.setting.method: choice for choice in choices if choice.setting.problem == row}
+        if not mine:
+            continue
+        lines += ["", f"## {row} ({'judging' if problem.judging else 'development'})", ""]
+        lines += [
+            "| method | chosen | test accuracy (n) | difference | p (t), p (signs) | verdict | step ÷ SGD | MiB |"
+        ]
+        lines += [f"|{' --- |' * 8}", *row_lines(results, row, mine)]
+    return lines
+
+
+def row_lines(results: Sequence[Result], row: str, choices: Mapping[str, Choice]) -> list[str]:
+    """The lines of one row's table.
+
+    Args:
+        results: All.
+        row: The problem.
+        choices: Method → what was chosen.
+
+    Returns:
+        Lines of Markdown.
+    """
+    best, apart = reference(results, row), differences(results, row)
+    by_t = dict(zip(apart, sweep.holm([each.p_t for each in apart.values()]), strict=True))
+    by_signs = dict(zip(apart, sweep.holm([each.p_signs for each in apart.values()]), strict=True))
+    costs = next((r.outcome for r in results if (r.trial.problem, r.trial.stage) == (row, "cost")), {})
+    lines = []
+    for name in CONTENDERS:
+        values = list(accuracies(results, row, name).values())
+        if name not in choices or not values:
+            continue
+        mean, error = mean_and_error(values)
+        cells = [name, chosen_text(choices[name]), f"{mean:.2f} ± {error:.2f} ({len(values)})"]
+        if name == best:
+            cells += ["", "", "the reference"]
+        elif name in apart:
+            found = apart[name]
+            cells += [f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"]
+            cells += [f"{by_t[name]:.3f}, {by_signs[name]:.3f}", verdict(found, by_t[name])]
+        else:
+            cells += ["", "", ""]
+        mine = costs.get("methods", {}).get(SGD if name == LONGER else name, {})
+        cells += [f"{mine['ratio']:.2f}" if "ratio" in mine else "", f"{mine['mib']:.1f}" if "mib" in mine else ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def details(runs: Sequence[Run]) -> list[str]:
+    """What every setting gave on held-out images.
+
+    Args:
+        runs: All lines of one run.
+
+    Returns:
+        Lines of Markdown.
+    """
+    results = [trials.result_of(run) for run in runs if run["stage"] == "tuning"]
+    lines = ["## The search", "", "Held-out accuracy, per cent, mean of the seeds; × where one diverged.", ""]
+    lines += ["| row | method | scalar, lr, wd: accuracy |", "| --- | --- | --- |"]
+    cells: dict[tuple[str, str], list[str]] = {}
+    for setting in sweep.settings_of(results):
+        value = setting.settings["options"][CONTENDERS[setting.method].scalar]
+        lost = setting.count("finished") < len(setting.results)
+        found = "×" if lost else f"{100 * setting.mean('held_out')[0]:.1f}"
+        text = f"{value:g}, {setting.settings['lr']:.3g}, {setting.settings['weight_decay']:g}: {found}"
+        cells.setdefault((setting.problem, setting.method), []).append(text)
+    return lines + [f"| {row} | {name} | {'; '.join(found)} |" for (row, name), found in cells.items()]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """See the module's docstring.
+
+    Args:
+        arguments: Of the command line; ``None``: the process's own.
+    """
+    trials.main(__doc__, "equal_budget", FUNCTION, plan, arguments)
+
+
+if __name__ == "__main__":
+    main()
