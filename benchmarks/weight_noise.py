@@ -1,0 +1,150 @@
+"""Flat minima should withstand noise: accuracy under noise on weights, few bits, and corrupted images.
+
+The networks are those of the fresh seeds of :mod:`benchmarks.equal_budget`, every method with what it chose there on
+clean images, and so are the raw runs: nothing is tuned for noise.  Sizes are relative to each tensor's own norm and so
+do not depend on how a network is scaled (:mod:`benchmarks.corruptions` has the formulas).  A method is above or below
+SAM at a size if the paired t-test says so at 5 %, after Holm's correction over the methods of that row and size.
+
+    MS_OPTIM_DATA=... python -m benchmarks.equal_budget        trains them, and makes this page as well
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ms_optim import sweep
+from ms_optim.demo.report import mean_and_error
+from ms_optim.sweep import Difference
+
+from .corruptions import SIZES
+from .equal_budget import CONTENDERS
+from .harness import Run
+
+#: The claim whose runs this page is made of.
+RUNS_OF = "equal_budget"
+REFERENCE = "SAM"
+_TITLES = {
+    "gaussian": "Gaussian noise on weights, σ",
+    "adversarial": "Adversarial step of the weights, r",
+    "bits": "Bits per weight",
+    "image noise": "Gaussian noise on images, σ",
+    "erased": "Erased square, share of the side",
+}
+
+
+def found(runs: Sequence[Run]) -> dict[tuple[str, str, str, str], dict[int, float]]:
+    """Accuracy under corruption.
+
+    Args:
+        runs: All lines of one run.
+
+    Returns:
+        (Row, method, corruption, size) → seed → per cent.
+    """
+    cells: dict[tuple[str, str, str, str], dict[int, float]] = {}
+    for run in runs:
+        withstood: Mapping[str, Any] = run.get("withstood", {})
+        for corruption, sizes in withstood.items():
+            for size, value in sizes.items():
+                cells.setdefault((run["network"], run["contender"], corruption, size), {})[run["round"]] = 100 * value
+    return cells
+
+
+def columns() -> Iterator[tuple[str, str]]:
+    """(Corruption, size) of all columns, the images without any first."""
+    yield "none", "0"
+    for corruption, sizes in SIZES.items():
+        for size in sizes:
+            yield corruption, f"{size:g}"
+
+
+def significant(cells: Mapping[tuple[str, str, str, str], Mapping[int, float]], row: str) -> dict[tuple[str, ...], int]:
+    """Where a method differs from SAM.
+
+    Args:
+        cells: As of :func:`found`.
+        row: The problem.
+
+    Returns:
+        (Method, corruption, size) → 1 if it is above, −1 if below.
+    """
+    signs = {}
+    for corruption, size in columns():
+        base = cells.get((row, REFERENCE, corruption, size), {})
+        apart = {
+            name: Difference.of([value - base[seed] for seed, value in mine.items() if seed in base])
+            for name in CONTENDERS
+            if name != REFERENCE and (mine := cells.get((row, name, corruption, size)))
+        }
+        for (name, each), p in zip(apart.items(), sweep.holm([each.p_t for each in apart.values()]), strict=True):
+            if math.isfinite(p) and p <= 0.05:
+                signs[name, corruption, size] = 1 if each.mean > 0 else -1
+    return signs
+
+
+def body(runs: Sequence[Run]) -> list[str]:
+    """A table for every row and corruption.
+
+    Args:
+        runs: All lines of one run.
+
+    Returns:
+        Lines of Markdown.
+    """
+    cells = found(runs)
+    lines = [
+        "Test accuracy in per cent on 2,000 test images, mean ± standard error over fresh seeds; ▲ above SAM, ▼ below, "
+        "at 5 % after Holm's correction.",
+    ]
+    for row in dict.fromkeys(row for row, *_ in cells):
+        signs = significant(cells, row)
+        names = [name for name in CONTENDERS if (row, name, "none", "0") in cells]
+        lines += ["", f"## {row}"]
+        for corruption, sizes in SIZES.items():
+            wanted = [("none", "0"), *((corruption, f"{size:g}") for size in sizes)]
+            lines += ["", f"| {_TITLES[corruption]} | none | {' | '.join(f'{size:g}' for size in sizes)} |"]
+            lines += [f"|{' --- |' * (len(wanted) + 1)}"]
+            for name in names:
+                shown = []
+                for column in wanted:
+                    mean, error = mean_and_error(list(cells[(row, name, *column)].values()))
+                    mark = {1: " ▲", -1: " ▼"}.get(signs.get((name, *column), 0), "")
+                    shown.append(f"{mean:.1f} ± {error:.1f}{mark}")
+                lines.append(f"| {name} | {' | '.join(shown)} |")
+    return lines
+
+
+def draw(runs: Sequence[Run], path: Any) -> None:
+    """Accuracy against size: a row of panels per problem, a panel per corruption.
+
+    Args:
+        runs: All lines of one run.
+        path: Where the figure is written.
+    """
+    from matplotlib import pyplot
+
+    cells = found(runs)
+    rows = list(dict.fromkeys(row for row, *_ in cells))
+    if not rows:
+        return
+    figure, panels = pyplot.subplots(
+        len(rows), len(SIZES), figsize=(3.2 * len(SIZES), 2.6 * len(rows)), squeeze=False, layout="constrained"
+    )
+    for row, axes in zip(rows, panels, strict=True):
+        for (corruption, sizes), axis in zip(SIZES.items(), axes, strict=True):
+            for index, name in enumerate(CONTENDERS):
+                if (row, name, "none", "0") not in cells:
+                    continue
+                wanted = [("none", "0"), *((corruption, f"{size:g}") for size in sizes)]
+                means = [mean_and_error(list(cells[(row, name, *column)].values()))[0] for column in wanted]
+                style = "-" if index < 10 else "--"
+                axis.plot(range(len(means)), means, style, color=f"C{index % 10}", marker=".", label=name)
+            axis.set_xticks(range(len(sizes) + 1), ["none", *(f"{size:g}" for size in sizes)])
+            axis.set_xlabel(_TITLES[corruption])
+        axes[0].set_ylabel(f"{row}\ntest accuracy %", fontsize=7)
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+    figure.savefig(path)
+    pyplot.close(figure)
