@@ -1,0 +1,266 @@
+"""The comparison of optimizers: what is drawn, searched, judged, corrupted and kept."""
+
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ms_optim
+from benchmarks import corruptions, cost, equal_budget, gauge, problems, training, trials, weight_noise
+from ms_optim.errors import DivergedError
+from ms_optim.sweep import Resources, Result, Trial
+
+ROW = "MNIST 2,000, 20 % noise, MLP"
+HERE = Resources(0)
+
+
+@pytest.fixture(autouse=True)
+def single():
+    torch.set_default_dtype(torch.float32)
+
+
+def settings_of(optimizer="SGD", seed=0, **further):
+    base = {"problem": ROW, "scale": "smoke", "optimizer": optimizer, "options": {}, "lr": 0.1, "weight_decay": 0.0}
+    return {**base, "seed": seed, **further}
+
+
+def test_a_seed_draws_the_same_for_every_optimizer_and_noise_is_never_in_the_test_images():
+    problem = problems.problem_of(ROW, "smoke")
+    data, again = problems.drawn(problem, 3), problems.drawn(problem, 3)
+    assert all(torch.equal(a, b) for a, b in zip(data.train, again.train, strict=True))
+    clean = problems.drawn(problems.replace(problem, noise=0.0), 3)
+    everything = problems.drawn(problems.replace(problem, noise=1.0), 3)
+    assert torch.equal(clean.train[0], everything.train[0])
+    assert not torch.equal(clean.train[1], everything.train[1])
+    assert not torch.equal(clean.held_out[1], everything.held_out[1])
+    assert torch.equal(clean.test[1], everything.test[1])
+
+
+def test_held_out_images_are_not_trained_on():
+    data = problems.drawn(problems.problem_of(ROW, "smoke"), 0)
+    held = {tuple(x.flatten().tolist()) for x in data.held_out[0]}
+    assert not any(tuple(x.flatten().tolist()) in held for x in data.train[0])
+
+
+@pytest.mark.parametrize("name", list(problems.PROBLEMS))
+def test_every_network_takes_images_of_its_row_and_has_a_symmetry(name):
+    problem = problems.PROBLEMS[name]
+    x = torch.randn(4, *((1, 28, 28) if problem.data == "mnist" else (3, 16, 16)))
+    model = problem.build()
+    assert model(x).shape == (4, 10)
+    assert len(ms_optim.scale_symmetries(model, x)) > 0
+
+
+def test_a_training_is_that_of_a_plain_loop():
+    asked = settings_of(options={"momentum": 0.5}, test=True)
+    found = training.trained(asked)
+    problem, data = training.read(asked)
+    torch.manual_seed(0)
+    model = problem.build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
+    shuffle = torch.Generator().manual_seed(0)
+    total, step = problem.epochs * math.ceil(40 / problem.batch), 0
+    for _ in range(problem.epochs):
+        for chosen in torch.randperm(40, generator=shuffle).split(problem.batch):
+            optimizer.param_groups[0]["lr"] = 0.1 * (1 + math.cos(math.pi * step / total)) / 2
+            step += 1
+            loss = torch.nn.functional.cross_entropy(model(data.train[0][chosen]), data.train[1][chosen])
+            model.zero_grad()
+            loss.backward()
+            optimizer.step()
+    right = model(data.train[0]).argmax(1).eq(data.train[1]).double().mean()
+    assert found["train"] == float(right)
+    assert set(found) == {"held_out", "train", "test"}
+
+
+def test_test_images_are_looked_at_only_when_asked_for():
+    assert "test" not in training.trained(settings_of())
+    assert "withstood" in training.trained(settings_of(withstood=True))
+
+
+def test_a_loss_that_is_not_finite_ends_the_training():
+    model = problems.problem_of(ROW, "smoke").build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e30)
+    data = problems.drawn(problems.problem_of(ROW, "smoke"), 0)
+    with pytest.raises(DivergedError, match="the loss is nan after epoch"):
+        training.descend(model, optimizer, data.train, 4, 16, 0)
+
+
+@pytest.mark.parametrize("name", list(equal_budget.CONTENDERS))
+def test_every_contender_trains(name):
+    method = equal_budget.CONTENDERS[name]
+    assert len(method.values) == 5 and list(method.values) == sorted(method.values)
+    trial = equal_budget.trial(ROW, name, 0.05, 0.0, method.values[2], 0, "smoke")
+    assert 0.0 <= equal_budget.trained(trial.settings)["train"] <= 1.0
+
+
+def done(name, seed, stage="fresh", held_out=0.5, status="finished", value=None, **outcome):
+    method = equal_budget.CONTENDERS[name]
+    value = method.values[2] if value is None else value
+    trial = equal_budget.trial(ROW, name, 0.05, 5e-4, value, seed, "cpu", stage)
+    return Result(trial, status, {"held_out": held_out, **outcome}, seconds=1.0)
+
+
+def test_the_reference_is_the_best_of_sam_and_the_asams_and_differences_are_paired():
+    results = [done(name, 1_000, "tuning") for name in ("SAM", "ASAM, layer", "MSSAM", "SGD")]
+    for seed in range(3):
+        base = 0.9 + 0.01 * seed
+        results += [done("SAM", seed, test=base - 0.02), done("ASAM, layer", seed, test=base)]
+        results += [done("MSSAM", seed, test=base + 0.01 + 0.0001 * seed), done("SGD", seed, test=base - 0.1)]
+    assert equal_budget.reference(results, ROW) == "ASAM, layer"
+    apart = equal_budget.differences(results, ROW)
+    assert apart["MSSAM"].mean == pytest.approx(1.01) and apart["SGD"].mean == pytest.approx(-10.0)
+    page = "\n".join(equal_budget.body([trials.line_of(result) for result in results]))
+    assert "| ASAM, layer | ρ 0.04, lr 0.05, wd 0.0005 | 91.00 ± 0.58 (3) |  |  | the reference |  |  |" in page
+    assert "+1.01 [+0.99, +1.03]" in page and "| better |" in page
+
+
+def test_a_training_that_diverged_has_the_accuracy_of_chance():
+    results = [done("SAM", 0, test=0.9), done("SAM", 1, status="diverged")]
+    assert equal_budget.accuracies(results, ROW, "SAM") == {0: 90.0, 1: 10.0}
+
+
+def test_an_edge_of_a_grid_is_marked():
+    results = [done("SAM", 1_000, "tuning", held_out=0.4 + 0.1 * i, value=v) for i, v in enumerate((0.24, 0.48))]
+    results += [done("SAM", 0, test=0.9, value=0.48), done("SAM", 1, test=0.8, value=0.48)]
+    page = "\n".join(equal_budget.body([trials.line_of(result) for result in results]))
+    assert "ρ 0.48 (edge)" in page
+
+
+def test_the_stages_of_a_row_search_what_the_protocol_says(monkeypatch):
+    asked = []
+
+    class Fake:
+        scale = "cpu"
+
+        def __call__(self, wanted):
+            asked.append(wanted)
+            return [Result(t, "finished", {"held_out": 0.5 + (t.settings.get("lr") == 0.05)}) for t in wanted]
+
+    equal_budget.judged(Fake(), ROW)
+    rates, scalars, around, fresh, weighed = asked
+    assert len(rates) == 3 * 2 * 2 and {t.method for t in rates} == {"SGD"}
+    methods = len(equal_budget.CONTENDERS)
+    assert len(scalars) == methods * 5 * 2 and {t.settings["lr"] for t in scalars} == {0.05}
+    assert len(around) == methods * 3 * 2 and {t.seed for t in around} == set(equal_budget.SEEDS)
+    assert len(fresh) == methods * 8 and not {t.seed for t in fresh} & set(equal_budget.SEEDS)
+    assert all(t.settings["test"] and t.settings["withstood"] for t in fresh)
+    assert not any("test" in t.settings for t in (*rates, *scalars, *around))
+    assert weighed[0].stage == "cost"
+
+
+def test_what_was_kept_is_read_again_and_not_run_again(tmp_path):
+    kept = []
+    run = trials.Trainings("smoke", "benchmarks.training:trained", HERE, lambda runs: kept.append(runs.lines))
+    wanted = [Trial(settings_of(seed=seed), "SGD", ROW) for seed in (0, 1)]
+    first = run(wanted)
+    lines = [json.loads(json.dumps(line)) for line in kept[-1]]
+    assert len(lines) == 2 and [trials.line_of(trials.result_of(line)) for line in lines] == lines
+    never = trials.Trainings("smoke", "benchmarks.training:nowhere", HERE, lambda runs: None, lines)
+    assert [r.outcome for r in never(wanted)] == [r.outcome for r in first]
+    lines[0] |= {"status": "failed", "failed": "killed"}
+    again = trials.Trainings("smoke", "benchmarks.training:trained", HERE, lambda runs: None, lines)
+    assert [r.outcome for r in again(wanted)] == [r.outcome for r in first]
+
+
+def test_an_interrupted_run_goes_on_in_its_folder(tmp_path):
+    equal = ["--scale", "smoke", "--out", str(tmp_path)]
+
+    def one(run):
+        run([Trial(settings_of(seed=0), "SGD", ROW)])
+
+    def two(run):
+        run([Trial(settings_of(seed=seed), "SGD", ROW) for seed in (0, 1)])
+
+    trials.main(None, "gauge", "benchmarks.training:trained", one, equal)
+    (folder,) = (tmp_path / "gauge").iterdir()
+    before = (folder / "runs.jsonl").read_text().splitlines()
+    trials.main(None, "gauge", "benchmarks.training:trained", two, ["--scale", "smoke", "--resume", str(folder)])
+    after = (folder / "runs.jsonl").read_text().splitlines()
+    assert len(before) == 1 and len(after) == 2 and after[0] == before[0]
+    assert json.loads((folder / "environment.json").read_text())["hosts"]
+
+
+@given(st.integers(2, 8), st.integers(0, 2**16))
+def test_rounding_to_bits_keeps_zero_and_the_largest_and_errs_by_half_a_step(bits, seed):
+    torch.set_default_dtype(torch.float64)
+    weight = torch.randn(7, 5, generator=torch.Generator().manual_seed(seed))
+    found = corruptions.rounded(weight, bits)
+    step = weight.abs().max() / (2 ** (bits - 1) - 1)
+    assert float((found - weight).abs().max()) <= float(step) / 2 * (1 + 1e-12)
+    assert len(found.unique()) <= 2**bits - 1
+    assert float(found.abs().max()) == pytest.approx(float(weight.abs().max()))
+
+
+@settings(max_examples=4)
+@given(st.integers(0, 2**16))
+def test_noise_is_relative_to_each_tensor_so_that_equivalent_networks_suffer_alike(seed):
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(seed)
+    model = ms_optim.models.MLP((6, 5, 4, 3))
+    x, y = torch.randn(9, 6), torch.randint(3, (9,))
+    group = ms_optim.scale_symmetries(model, x)
+
+    def logits(name, size):
+        steps = corruptions.steps(
+            model, name, size, corruptions.gradient(model, (x, y)), torch.Generator().manual_seed(1)
+        )
+        with corruptions.moved(model, steps):
+            return model(x).detach()
+
+    for name, size in (("gaussian", 0.3), ("adversarial", 0.2)):
+        before = logits(name, size)
+        group.rescale_(model, group.random(0.5))
+        assert torch.allclose(logits(name, size), before, rtol=1e-8, atol=1e-10)
+
+
+def test_an_adversarial_step_has_the_size_that_it_says_and_weights_come_back_to_the_bit():
+    torch.set_default_dtype(torch.float64)
+    model = ms_optim.models.MLP((6, 5, 3))
+    x, y = torch.randn(9, 6), torch.randint(3, (9,))
+    steps = corruptions.steps(model, "adversarial", 0.2, corruptions.gradient(model, (x, y)), torch.Generator())
+    size = (
+        sum(float((step.norm() / p.detach().norm()) ** 2) for step, p in zip(steps, model.parameters(), strict=True))
+        ** 0.5
+    )
+    assert size == pytest.approx(0.2)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(KeyError), corruptions.moved(model, steps):
+        assert not torch.equal(before[0], model[1].weight)
+        raise KeyError
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_an_erased_square_has_the_share_of_the_side():
+    x = torch.randn(5, 3, 8, 8)
+    shown = corruptions.erased(x, 0.5, torch.Generator().manual_seed(0))
+    assert ((shown != x).any(1).sum((1, 2)) == 16).all()
+
+
+def withstood(name, seed, value):
+    result = done(name, seed, withstood={"none": {"0": 0.9}, "gaussian": {"0.1": value}})
+    return trials.line_of(result)
+
+
+def test_the_page_of_noise_marks_what_is_above_sam():
+    runs = [withstood("SAM", seed, 0.8 + 0.01 * seed) for seed in range(4)]
+    runs += [withstood("MSSAM", seed, 0.85 + 0.0101 * seed) for seed in range(4)]
+    signs = weight_noise.significant(weight_noise.found(runs), ROW)
+    assert signs == {("MSSAM", "gaussian", "0.1"): 1}
+
+
+def test_cost_is_relative_to_sgd_and_counts_gradients():
+    asked = {"cost": {"SGD": ["SGD", {}], "SAM": ["SAM", {}]}, "problem": ROW, "scale": "smoke", "seed": 0}
+    found = cost.measured(asked)["methods"]
+    assert found["SGD"]["ratio"] == 1.0 and found["SGD"]["gradients"] == 1.0 and found["SAM"]["gradients"] == 2.0
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:MSSAM was dropped", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_every_variant_of_the_gauge_trains():
+    for name, (_, _, radii) in gauge.VARIANTS.items():
+        radius = radii[1] if radii else None
+        assert "test" in training.trained(gauge.trial(ROW, name, 0.05, radius, 0, "smoke", "fresh").settings)
