@@ -9,8 +9,8 @@ happens among runs of one ratio.  So the ratio itself is a row of the table, and
 The archive of the authors' code has, for minimum and normalised sharpness, 0.864 and 0.942 over all runs of the MLP
 and 0.677 and 0.722 of LeNet; within a ratio most of that is gone.
 
-Intervals: 95 %, percentiles of 2,000 bootstrap samples of seeds (:mod:`benchmarks.ranks`).  Dead runs, with training
-accuracy at chance, stay in the raw data and are counted; τ is given with and without them.
+Intervals: 95 %, by the jackknife over seeds (:mod:`benchmarks.ranks`).  Dead runs, with training accuracy at chance,
+stay in the raw data and are counted; τ is given with and without them.
 
 Scales.  ``paper`` is the published set-up (written, not run yet): all 60,000 images, batch 1024, momentum 0.9, weight
 decay 1e-5, lr_t = lr/(1e-4 t + 1) per batch, 3,000 epochs from lr 0.1 for the MLP and 1,000 from 0.01 for LeNet, 11

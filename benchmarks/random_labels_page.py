@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .harness import Run
 from .ranks import Rank, correlation, mean_correlation
@@ -133,7 +134,7 @@ def body(runs: Sequence[Run]) -> list[str]:
     """
     networks = list(dict.fromkeys(run["network"] for run in runs))
     lines = [
-        "Kendall's τ-b between generalization gap and measure [95 %, seeds resampled]. The overall τ is carried by the "
+        "Kendall's τ-b between generalization gap and measure [95 %, by seeds]. The overall τ is carried by the "
         "ratio: what knows nothing else has the τ of the row \"the ratio itself\", and the last column is what a "
         "measure says beyond it.",
         "",
@@ -196,8 +197,10 @@ def verdict(theirs: float, ours: Rank) -> str:
     Returns:
         Words.
     """
-    if math.isnan(ours.low):
+    if math.isnan(ours.value):
         return "not measured"
+    if math.isnan(ours.low):
+        return "too few runs for an interval"
     if ours.low <= theirs <= ours.high:
         return "in our interval"
     return "ours is higher" if ours.low > theirs else "ours is lower"
@@ -279,29 +282,45 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     from matplotlib import pyplot
 
     networks = [name for name in dict.fromkeys(run["network"] for run in runs) if points(runs, name)]
-    size = (2.3 * len(MEASURES), 2.6 * max(len(networks), 1))
-    figure, panels = pyplot.subplots(
-        max(len(networks), 1), len(MEASURES), figsize=size, squeeze=False, sharey="row", layout="constrained"
-    )
-    for row, network in zip(panels, networks, strict=False):
-        found = points(runs, network)
-        shown = None
-        for panel, measure in zip(row, MEASURES, strict=True):
-            known = [(p, p.values.get(measure)) for p in found]
-            drawn = [(p, value) for p, value in known if value is not None]
-            for dead, marker in ((False, "o"), (True, "x")):
-                mine = [(p, value) for p, value in drawn if p.dead is dead]
-                shades = {"c": [p.ratio for p, _ in mine], "cmap": "viridis", "vmin": 0.0, "vmax": 1.0}
-                values, gaps = [value for _, value in mine], [p.gap for p, _ in mine]
-                dots = panel.scatter(values, gaps, 12, marker=marker, **shades)
-                shown = shown if dead else dots
-            if drawn and min(value for _, value in drawn) > 0.0:
-                panel.set_xscale("log")
-            panel.set_title(f"{measure}\nτ = {overall(found, measure).value:.2f}", fontsize=8)
-            panel.tick_params(labelsize=6)
-            panel.grid(alpha=0.3)
-        row[0].set_ylabel(f"{network}: gap", fontsize=8)
-        if shown is not None:
-            figure.colorbar(shown, ax=list(row), label="ratio", pad=0.01)
+    columns = math.ceil(len(MEASURES) / 2)
+    rows = 2 * max(len(networks), 1)
+    figure, panels = pyplot.subplots(rows, columns, figsize=(2.3 * columns, 2.3 * rows), squeeze=False, sharey="row")
+    figure.set_layout_engine("constrained")
+    for number, network in enumerate(networks):
+        two = panels[2 * number : 2 * number + 2]
+        for panel, measure in zip(two.flat, MEASURES, strict=False):
+            shown = _scatter(panel, points(runs, network), measure)
+        for row in two:
+            row[0].set_ylabel(f"{network}: gap", fontsize=8)
+        figure.colorbar(shown, ax=list(two.flat), label="ratio", pad=0.01)
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
+
+
+def _scatter(panel: Any, found: Sequence[Point], measure: str) -> Any:
+    """The gap against one measure; crosses are dead runs.
+
+    Args:
+        panel: Of the figure.
+        found: Networks.
+        measure: Its name.
+
+    Returns:
+        The dots, for the scale of colours.
+    """
+    from matplotlib import ticker
+
+    known = [(point, point.values.get(measure)) for point in found]
+    drawn = [(point, value) for point, value in known if value is not None]
+    for dead, marker in ((True, "x"), (False, "o")):
+        mine = [(point, value) for point, value in drawn if point.dead is dead]
+        values, gaps = [value for _, value in mine], [point.gap for point, _ in mine]
+        shades = {"c": [point.ratio for point, _ in mine], "cmap": "viridis", "vmin": 0.0, "vmax": 1.0}
+        dots = panel.scatter(values, gaps, 10, marker=marker, **shades)
+    if drawn and min(value for _, value in drawn) > 0.0:
+        panel.set_xscale("log")
+        panel.xaxis.set_minor_formatter(ticker.NullFormatter())
+    panel.set_title(f"{measure}, τ = {overall(found, measure).value:.2f}", fontsize=8)
+    panel.tick_params(labelsize=6)
+    panel.grid(alpha=0.3)
+    return dots

@@ -2,9 +2,15 @@ r"""Kendall's τ-b and its confidence intervals, for runs that share seeds.
 
     τ_b = Σ_{i<j} s_ij t_ij / √( Σ_{i<j} s_ij² · Σ_{i<j} t_ij² ) ,    s_ij = sign(x_i − x_j) ,  t_ij = sign(y_i − y_j)
 
-Runs of one seed share images, weights and order, so they are no independent sample, and the bootstrap draws seeds and
-not runs.  A resample is a weight w_i for each run, the number of times its seed was drawn, and each sum becomes one of
-terms times w_i w_j: a run that was drawn twice is tied with itself and counts for nothing in that pair.
+Runs of one seed share images, weights and order, so they are no independent sample; seeds are.  The interval is the
+jackknife's over S seeds: with τ_(k) the value without seed k,
+
+    τ ± t_{S−1} √( (S−1)/S Σ_k (τ_(k) − mean τ_(k))² ) ,    cut at −1 and 1 .
+
+The bootstrap of seeds does worse here: a seed that is drawn twice is tied with itself, which favours the pairs of
+different ratios and lifts τ.  On made data like ours (ten seeds × 11 ratios, five × five; noise of the run and of the
+seed) its percentiles of 95 % covered the truth in 43 to 80 % of 200 cases, and the jackknife in 90 to 94 %; within one
+ratio the two are alike, 91 to 98 %.
 """
 
 from __future__ import annotations
@@ -13,10 +19,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import scipy.stats
 import torch
 from torch import Tensor
 
-RESAMPLES, LEVEL = 2_000, 0.95
+LEVEL = 0.95
 
 
 @dataclass(frozen=True)
@@ -25,7 +32,7 @@ class Rank:
 
     Attributes:
         value: τ-b; NaN where it is not defined: fewer than two runs, or all tied.
-        low: Lower end of the interval.
+        low: Lower end of the interval; NaN where there is none: fewer than three seeds, or all values the same.
         high: Upper end.
         n: The number of runs.
     """
@@ -38,7 +45,7 @@ class Rank:
     def __str__(self) -> str:
         if math.isnan(self.value):
             return "—"
-        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+        return f"{self.value:.2f}" + ("" if math.isnan(self.low) else f" [{self.low:.2f}, {self.high:.2f}]")
 
 
 def kendall(x: Sequence[float], y: Sequence[float], weights: Tensor | None = None) -> Tensor:
@@ -47,7 +54,7 @@ def kendall(x: Sequence[float], y: Sequence[float], weights: Tensor | None = Non
     Args:
         x: One quantity, of n runs.
         y: The other.
-        weights: ``[R, n]``, not negative; ``None``: every run counts once.
+        weights: ``[R, n]``, not negative: how often each run counts (with itself it is tied); ``None``: once.
 
     Returns:
         ``[R]`` (or ``[1]``); NaN where all pairs are tied.
@@ -68,7 +75,7 @@ def kendall(x: Sequence[float], y: Sequence[float], weights: Tensor | None = Non
 
 
 def correlation(x: Sequence[float], y: Sequence[float], seeds: Sequence[int]) -> Rank:
-    """τ-b over all runs, with a percentile interval.
+    """τ-b over all runs, with its interval.
 
     Args:
         x: One quantity, of n runs.
@@ -82,7 +89,7 @@ def correlation(x: Sequence[float], y: Sequence[float], seeds: Sequence[int]) ->
 
 
 def mean_correlation(groups: Sequence[tuple[Sequence[float], Sequence[float], Sequence[int]]]) -> Rank:
-    """The mean of τ-b within groups of runs, with a percentile interval; a seed is drawn for all groups at once.
+    """The mean of τ-b within groups of runs, with its interval; a seed is left out of all groups at once.
 
     Args:
         groups: For each ``x``, ``y`` and seeds, as in :func:`correlation`; one in which τ is not defined is left out.
@@ -91,22 +98,16 @@ def mean_correlation(groups: Sequence[tuple[Sequence[float], Sequence[float], Se
         The mean.
     """
     names = sorted({seed for *_, seeds in groups for seed in seeds})
+    n, count = sum(len(x) for x, *_ in groups), len(names)
     if not names:
-        return Rank(math.nan, math.nan, math.nan, 0)
-    draw = torch.Generator().manual_seed(0)
-    drawn = torch.randint(len(names), (RESAMPLES, len(names)), generator=draw)
-    counts = torch.zeros(RESAMPLES, len(names), dtype=torch.float64)
-    counts.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
-    values, resampled = [], []
-    for x, y, seeds in groups:
-        places = [names.index(seed) for seed in seeds]
-        values.append(kendall(x, y))
-        resampled.append(kendall(x, y, counts[:, places]))
-    value = float(torch.cat(values).nanmean())
-    means = torch.stack(resampled).nanmean(0)
-    known = means[~means.isnan()]
-    if not len(known):
-        return Rank(value, math.nan, math.nan, sum(len(x) for x, *_ in groups))
-    ends = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
-    low, high = known.quantile(ends).tolist()
-    return Rank(value, low, high, sum(len(x) for x, *_ in groups))
+        return Rank(math.nan, math.nan, math.nan, n)
+    kept = 1.0 - torch.eye(count, dtype=torch.float64)
+    value = float(torch.cat([kendall(x, y) for x, y, _ in groups]).nanmean())
+    without = torch.stack([kendall(x, y, kept[:, [names.index(s) for s in seeds]]) for x, y, seeds in groups])
+    means = without.nanmean(0)
+    error = math.sqrt((count - 1) / count * float((means - means.mean()).square().sum()))
+    # In perfect order no seed makes a difference, and nothing is known of the spread.
+    if math.isnan(error) or error == 0.0:
+        return Rank(value, math.nan, math.nan, n)
+    reach = float(scipy.stats.t.ppf((1 + LEVEL) / 2, count - 1)) * error
+    return Rank(value, max(value - reach, -1.0), min(value + reach, 1.0), n)
