@@ -27,6 +27,8 @@ class Training:
         momentum: Of SGD.
         weight_decay: Of SGD, biases included.
         decay: How fast the learning rate falls.
+        precision: Of products of matrices while training, as of ``torch.set_float32_matmul_precision``: ``"medium"``
+            rounds their factors to bfloat16 where the processor has instructions for it.
     """
 
     epochs: int
@@ -35,6 +37,7 @@ class Training:
     momentum: float = 0.9
     weight_decay: float = 1e-5
     decay: float = 1e-4
+    precision: str = "highest"
 
 
 def corrupted(labels: Tensor, ratio: float, draw: torch.Generator) -> Tensor:
@@ -91,13 +94,18 @@ def train(models: Sequence[nn.Module], x: Tensor, labels: Tensor, training: Trai
     options = {"lr": training.lr, "momentum": training.momentum, "weight_decay": training.weight_decay}
     optimizer = torch.optim.SGD(list(parameters.values()), **options, fused=True)  # type: ignore[arg-type]  # floats
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1.0 / (training.decay * t + 1.0))
-    for _ in range(training.epochs):
-        for chosen in torch.randperm(len(x), generator=draw).to(x.device).split(training.batch):
-            gradients, _ = gradients_of(parameters, x[chosen], labels[:, chosen])
-            for name, value in parameters.items():
-                value.grad = gradients[name]
-            optimizer.step()
-            schedule.step()
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(training.precision)
+    try:
+        for _ in range(training.epochs):
+            for chosen in torch.randperm(len(x), generator=draw).to(x.device).split(training.batch):
+                gradients, _ = gradients_of(parameters, x[chosen], labels[:, chosen])
+                for name, value in parameters.items():
+                    value.grad = gradients[name]
+                optimizer.step()
+                schedule.step()
+    finally:
+        torch.set_float32_matmul_precision(before)
     for member, model in enumerate(models):
         with torch.no_grad():
             for name, weight in model.named_parameters():

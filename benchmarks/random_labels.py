@@ -101,7 +101,7 @@ SCALES: dict[str, dict[str, Problem]] = {
         "LeNet": Problem("lenet", 48, (0.5,), 1, Training(5, 16, 0.1), together=False, **_TINY),
     },
     "cpu": {
-        "MLP": Problem("mlp", 10_000, TENTHS, 10, Training(300, 512, 0.1)),
+        "MLP": Problem("mlp", 10_000, TENTHS, 10, Training(300, 512, 0.1, precision="medium")),
         "LeNet": Problem(
             *("lenet", 2_000, TENTHS[1::2], 5, Training(70, 128, 0.02)),
             together=False,  # grouped convolutions are slower than one network after another on a CPU
