@@ -57,6 +57,21 @@ def test_every_member_of_an_ensemble_is_trained_as_if_alone(name):
     assert not any(torch.equal(old, new) for old, new in zip(before, after, strict=True))
 
 
+def test_the_precision_of_a_training_is_its_own(monkeypatch):
+    (x, labels), seen = images(), []
+    before = torch.get_float32_matmul_precision()
+    step = torch.optim.SGD.step
+
+    def noted(self, *arguments):
+        seen.append(torch.get_float32_matmul_precision())
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", noted)
+    train(members("mlp"), x, labels, Training(1, 20, 0.1, precision="medium"), torch.Generator())
+    assert seen == ["medium"] * 2
+    assert torch.get_float32_matmul_precision() == before
+
+
 def test_an_ensemble_needs_labels_for_each_and_no_buffers():
     (x, labels), draw = images(), torch.Generator()
     with pytest.raises(ValueError, match="2 models and 3 rows"):
