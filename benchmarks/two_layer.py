@@ -299,9 +299,7 @@ def train(net: Network, x: Tensor, y: Tensor, rule: Rule, order: Tensor, begun: 
     second = net.second.clone().contiguous()
     weights = (_at(first), _at(second), _at(gamma), _at(samples), _at(y))
     if rule.full:
-        library.batch_steps(
-            _CODE[net.kind], m, len(x), *weights, steps, number(rule.lr), number(rule.decay)
-        )
+        library.batch_steps(_CODE[net.kind], m, len(x), *weights, steps, number(rule.lr), number(rule.decay))
     else:
         step = (number(rule.lr), number(rule.strength), rule.every, number(radius))
         library.bn_steps(m, len(x), *weights, _at(order), steps, ctypes.c_long(begun), *step)

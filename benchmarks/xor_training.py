@@ -107,9 +107,7 @@ _SAM_LN = Setting(SIM_LN, SAM, (Phase(Rule(0.1, 0.1), 100_000, 100_000),), "6a",
 _ON_SPHERE = tuple(Phase(Rule(0.01, rho, every=1, radius=10.0), 500, 500) for rho in (0.1, 0.5, 1.0))
 # From γ = 1 and PyTorch's initial W2, ρ = 0.1 moves f by 2, and the network collapses to f = 0; the paper does not say
 # where it starts.  A hundred epochs with a small ρ find a fit from which its two phases can begin.
-_SAM_BN = Setting(
-    SIM_BN, SAM, (Phase(Rule(0.005, 0.1), 1_000, 100_000), Phase(Rule(0.003, 1.0), 1_000, 100_000)), "2a"
-)
+_SAM_BN = Setting(SIM_BN, SAM, (Phase(Rule(0.005, 0.1), 1_000, 100_000), Phase(Rule(0.003, 1.0), 1_000, 100_000)), "2a")
 _EASED_BN = Setting(
     SIM_BN,
     EASED,
@@ -231,4 +229,3 @@ def constructed(seed: int = 0) -> list[Run]:
             found = measured(Network(kind, of.first, second), x, y, x_test)
             lines.append({"network": kind, "contender": name, "round": seed, "last": True, "epochs": 0, **found})
     return lines
-
