@@ -142,9 +142,7 @@ def paired(
         names = [name for name in alive if index < slow.get(name, rounds)]
         order.shuffle(names)
         for name in names:
-            runs.append(
-                {"network": network, "contender": name, "round": index, "seconds": timed(alive[name], device)}
-            )
+            runs.append({"network": network, "contender": name, "round": index, "seconds": timed(alive[name], device)})
     return runs
 
 
@@ -215,9 +213,7 @@ def evaluate(claim: Claim, runs: Sequence[Run]) -> Summary | str:
     if claim.reference is None:
         peaks = [run["peak_bytes"] / 2**30 for run in mine if run["contender"] in claim.terms]
         return Summary.of(peaks) if peaks else "not measured"
-    values = {
-        (run["contender"], run.get("round", 0)): run[claim.quantity] for run in mine if claim.quantity in run
-    }
+    values = {(run["contender"], run.get("round", 0)): run[claim.quantity] for run in mine if claim.quantity in run}
     reference = fastest(claim.reference, values)
     ratios = []
     for (name, index), divisor in values.items():
@@ -352,7 +348,9 @@ def main(
     torch.set_num_threads(options.threads)
     described = environment(options.threads, options.device)
     choice = () if len(devices) == 1 else (options.device,)
+    began = time.monotonic()
     runs = measure(options.scale, *choice)
+    described["minutes"] = round((time.monotonic() - began) / 60, 1)
     described["load_average_after"] = round(os.getloadavg()[0], 2)
     out = options.out or (RESULTS if options.scale == "cpu" else None)
     if out is not None:
