@@ -1,4 +1,4 @@
-# make demo | test | test-all | test-oldest | lint | types | clean
+# make demo | test | test-all | test-oldest | benchmarks | lint | types | clean
 # The environment is made on first use. VENV=/path uses another one, PYTHON=python3.12 another interpreter.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -12,7 +12,7 @@ PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(JOBS) --dist worksteal
 # The lower bounds of setup.cfg's install_requires, as pins; torchvision's release follows torch's.
 OLDEST_PINS = $(shell sed -n 's/^ *\(torch\|timm\|numpy\|scipy\)>=\([0-9.]*\).*/\1==\2.*/p' setup.cfg) torchvision==0.21.*
 
-.PHONY: demo test test-all test-oldest lint types clean
+.PHONY: demo test test-all test-oldest benchmarks lint types clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python -m ms_optim.demo
@@ -25,6 +25,10 @@ test-all: $(VENV)/.installed
 
 test-oldest: $(OLDEST)/.installed
 	$(call PYTEST,$(OLDEST)) -m "not slow and not cuda"
+
+# Every script, tiny, to see that it runs: minutes. What is committed is measured by `--scale cpu`, in hours.
+benchmarks: $(VENV)/.installed
+	$(VENV)/bin/python -m benchmarks --scale smoke --jobs $(JOBS)
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/python -m ruff check .

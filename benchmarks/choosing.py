@@ -12,14 +12,13 @@ the demo has its own seeds.
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import multiprocessing
+import os
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -27,7 +26,8 @@ from torch import nn
 import ms_optim
 from ms_optim.demo import training
 
-from .harness import RESULTS, Run, environment, record
+from .harness import RESULTS, Run, environment, folder_name, record
+from .rows import Row, compared, mean
 
 LABEL_NOISE = 0.2
 RHO = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
@@ -76,22 +76,16 @@ def accuracy(job: tuple[str, str, float, int, int]) -> Run:
     return {"network": network, "sweep": sweep, "value": value, "seed": seed, "test_accuracy": found}
 
 
-def table(described: dict[str, Any], runs: Sequence[Run]) -> str:
+def body(runs: Sequence[Run]) -> list[str]:
     """Mean ± standard error per value, the best of each row in bold.
 
     Args:
-        described: Where the runs were made.
         runs: All lines.
 
     Returns:
-        Markdown.
+        Lines of Markdown.
     """
-    lines = [
-        f"# {str(__doc__).splitlines()[0]}",
-        "",
-        f"`python -m benchmarks.choosing`: {described['date']}, torch {described['torch']}. Test accuracy in per cent, "
-        "mean ± standard error over the seeds; the best value of a row in bold.",
-    ]
+    lines = ["Test accuracy in per cent, mean ± standard error over the seeds; the best value of a row in bold."]
     for symbol in ("ρ", "λ"):
         values = sorted({run["value"] for run in runs if SWEEPS[run["sweep"]][0] == symbol})
         if not values:
@@ -101,17 +95,62 @@ def table(described: dict[str, Any], runs: Sequence[Run]) -> str:
         for network, sweep in dict.fromkeys((run["network"], run["sweep"]) for run in runs):
             if SWEEPS[sweep][0] != symbol:
                 continue
-            cells, means = [], []
-            for value in values:
-                key = (network, sweep, value)
-                found = [100 * r["test_accuracy"] for r in runs if (r["network"], r["sweep"], r["value"]) == key]
-                error = statistics.stdev(found) / len(found) ** 0.5 if len(found) > 1 else float("nan")
-                means.append(statistics.fmean(found))
-                cells.append(f"{means[-1]:.1f} ± {error:.1f}")
-            best = max(range(len(means)), key=means.__getitem__)
-            cells[best] = f"**{cells[best]}**"
-            lines.append(f"| {network} | {sweep} | {' | '.join(cells)} | {len(found)} |")
-    return "\n".join(lines) + "\n"
+            found = accuracies(runs, network, sweep)
+            cells = {value: mean(list(found[value].values()), 1) for value in values}
+            cells[best(found)] = f"**{cells[best(found)]}**"
+            lines.append(f"| {network} | {sweep} | {' | '.join(cells.values())} | {len(found[values[0]])} |")
+    return lines
+
+
+def accuracies(runs: Sequence[Run], network: str, sweep: str) -> dict[float, dict[int, float]]:
+    """Accuracy for each value and seed.
+
+    Args:
+        runs: All lines.
+        network: The network.
+        sweep: The optimizer.
+
+    Returns:
+        Value → seed → per cent.
+    """
+    found: dict[float, dict[int, float]] = {}
+    for run in runs:
+        if (run["network"], run["sweep"]) == (network, sweep):
+            found.setdefault(run["value"], {})[run["seed"]] = 100 * run["test_accuracy"]
+    return found
+
+
+def best(found: Mapping[float, Mapping[int, float]]) -> float:
+    """The value with the largest mean.
+
+    Args:
+        found: Value → seed → accuracy.
+
+    Returns:
+        The value.
+    """
+    return max(found, key=lambda value: statistics.fmean(found[value].values()))
+
+
+def summary(runs: Sequence[Run]) -> list[Row]:
+    """MSSAM beside SAM, each at its best ρ.
+
+    Args:
+        runs: All lines.
+
+    Returns:
+        A row for each network.
+    """
+    rows = []
+    for network in dict.fromkeys(run["network"] for run in runs):
+        sam, ours = (accuracies(runs, network, sweep) for sweep in ("SAM", "MSSAM, κ = 0"))
+        if not sam or not ours:
+            continue
+        theirs, mine = sam[best(sam)], ours[best(ours)]
+        apart = [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
+        claim = f"digits with noisy labels, {network}: MSSAM's accuracy over SAM's, in points, each at its best ρ"
+        rows.append(Row(claim, *compared(apart)))
+    return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -122,10 +161,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=["cpu", "smoke"], default="cpu", help="smoke: tiny, to see that it runs")
-    parser.add_argument("--workers", type=int, default=2, help="processes; 0 trains in this one")
+    parser.add_argument("--threads", type=int, default=1, help="of torch in this process; workers have one each")
+    parser.add_argument("--workers", type=int, help="processes; 0 trains in this one (default: 2, none for smoke)")
     parser.add_argument("--out", type=Path, help="folder of results/<claim>/ (default: here for cpu, none for smoke)")
     options = parser.parse_args(arguments)
     smoke = options.scale == "smoke"
+    workers = options.workers if options.workers is not None else 0 if smoke else 2
     seeds = {"mlp": 1 if smoke else 4, "resnet": 0 if smoke else 2}
     jobs = [
         (network, sweep, value, seed, 1 if smoke else 30)
@@ -134,20 +175,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for value in (values[3:4] if smoke else values)
         for seed in range(count)
     ]
-    described = environment(threads=1)
-    if options.workers == 0:
+    torch.set_num_threads(options.threads)
+    described = environment(options.threads)
+    if workers == 0:
         runs = [accuracy(job) for job in jobs]
     else:
         # Not by fork: a process forked after torch has started its threads can hang.
-        with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn")) as pool:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
             runs = list(pool.map(accuracy, jobs))
-    text = table(described, runs)
+    described["load_average_after"] = round(os.getloadavg()[0], 2)
     out = options.out or (None if smoke else RESULTS)
     if out is not None:
-        folder = out / "choosing" / f"{datetime.date.today()}_cpu"
-        record(folder, described, runs)
-        (folder.parent / "table.md").write_text(text)
-    print(text)
+        record(out / "choosing" / folder_name(described), described, runs)
+
+    from .render import table  # the renderer imports the scripts, whose tables it prints
+
+    print(table("choosing", described, runs))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from ms_optim.testing.family import FAMILY
 from . import harness, sam_peers
 from .harness import Run
 from .render import matrix
+from .rows import Row
 
 PEERS = {"davda54": "davda54/sam", "asam": "SamsungLabs/ASAM", "moskomule": "moskomule/sam.pytorch"}
 # A trial: laws that ours keep and that take no time.
@@ -104,6 +105,43 @@ def outcomes(runs: Sequence[Run]) -> dict[str, dict[str, Outcome]]:
     return found
 
 
+def kept(found: Mapping[str, Outcome]) -> tuple[int, int]:
+    """How many laws an optimizer keeps, and how many apply to it.
+
+    Args:
+        found: Law → outcome.
+
+    Returns:
+        Both.
+    """
+    applying = [outcome for outcome in found.values() if outcome.verdict != "not applicable"]
+    return sum(not outcome.broken for outcome in applying), len(applying)
+
+
+def summary(runs: Sequence[Run]) -> list[Row]:
+    """Ours, and the peer that keeps the largest share.
+
+    Args:
+        runs: All lines of one run.
+
+    Returns:
+        Rows.
+    """
+    counts = {name: kept(found) for name, found in outcomes(runs).items()}
+    ours = {name: count for name, count in counts.items() if name in OURS}
+    peers = {name: count for name, count in counts.items() if name not in OURS}
+    broken = [name for name, (good, all_) in ours.items() if good < all_]
+    fewest, most = (choose(count for _, count in ours.values()) for choose in (min, max))
+    claim = "laws of a sharpness-aware optimizer that are kept, of those that apply: all"
+    text = f"{len(ours) - len(broken)} of {len(ours)} optimizers keep all, which are {fewest} to {most}"
+    rows = [Row(claim, text, f"**missed**: {', '.join(broken)}" if broken else "reached")]
+    if peers:
+        best, worst = (choose(peers, key=lambda name: peers[name][0] / peers[name][1]) for choose in (max, min))
+        text = f"{peers[worst][0]} of {peers[worst][1]} ({worst}) to {peers[best][0]} of {peers[best][1]} ({best})"
+        rows.append(Row(f"the same of {len(peers)} optimizers of other authors", text, "for comparison"))
+    return rows
+
+
 def body(runs: Sequence[Run]) -> list[str]:
     """How many laws each keeps, which, and what was found where one is not kept.
 
@@ -117,10 +155,9 @@ def body(runs: Sequence[Run]) -> list[str]:
     peers = [name for name in found if name not in OURS]
     lines = ["| optimizer | laws kept | of those that apply | verdict |", "| --- | --- | --- | --- |"]
     for name, of in found.items():
-        applying = [outcome for outcome in of.values() if outcome.verdict != "not applicable"]
-        kept = sum(not outcome.broken for outcome in applying)
-        verdict = "for comparison" if name in peers else "reached" if kept == len(applying) else "**missed**"
-        lines.append(f"| {name} | {kept} | {len(applying)} | {verdict} |")
+        good, applying = kept(of)
+        verdict = "for comparison" if name in peers else "reached" if good == applying else "**missed**"
+        lines.append(f"| {name} | {good} | {applying} | {verdict} |")
     absent = [run["contender"] for run in runs if "failed" in run]
     lines += [] if not absent else ["", f"Not measured: {', '.join(absent)}."]
     legend = f"{MARKS['passed']} kept, {MARKS['failed']} broken, {MARKS['crashed']}: the optimizer raised one, "

@@ -34,7 +34,8 @@ from ms_optim.reference.curvature import paper_diagonals
 
 from . import harness, networks
 from .contenders import PASS, training_pass
-from .harness import Claim, Run, timed
+from .harness import Claim, Run, Summary, evaluate, timed
+from .rows import NOTHING, Row
 
 DEVICES = ("cpu", "cuda")
 NETWORKS = ("small_fcnn", "small_cnn")
@@ -83,6 +84,31 @@ CLAIMS = [
         Claim(network, "the paper's exact algorithm: time over ours, exact", PAPER, EXACT),
     )
 ]
+
+
+def summary(runs: Sequence[Run]) -> list[Row]:
+    """What a thousand probes err by and take, in units of ours.
+
+    Args:
+        runs: All lines of one run.
+
+    Returns:
+        A row for each network.
+    """
+    rows = []
+    for network in NETWORKS:
+        found = {}
+        for kind in (T2019, T2020, HUTCHINSON):
+            pair = [claim for claim in CLAIMS if (claim.network, claim.contender) == (network, named(kind, 1000))]
+            ratios = [what for claim in pair if isinstance(what := evaluate(claim, runs), Summary)]
+            if len(ratios) == len(pair):
+                found[kind] = [ratio.median for ratio in ratios]
+        ours = "; ".join(f"{kind} {off:.1f}× in {time:.0f}× the time" for kind, (time, off) in found.items())
+        better = all(min(ratios) > 1 for ratios in found.values())
+        word = ("all err more, in more time" if better else "**missed**") if found else "not measured"
+        claim = f"{network}: error of the diagonal after 1000 probes, over that of `columns=2`"
+        rows.append(Row(claim, f"{ours} (n = 1)" if ours else NOTHING, word, "a figure without numbers (Fig. 3)"))
+    return rows
 
 
 def error(estimate: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> float:

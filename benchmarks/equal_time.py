@@ -30,7 +30,8 @@ import ms_optim
 
 from . import harness, networks
 from .contenders import BACKPACK_MC, BY_LAYER, CONTENDERS, HUTCHINSON, HUTCHPP, PYHESSIAN, SAMPLED, XTRACE, Estimator
-from .harness import Claim, Run, failure, paired, timed
+from .harness import Claim, Run, Summary, failure, paired, timed
+from .rows import NOTHING, Row, verdict_of
 
 DEVICES = ("cpu", "cuda")
 NETWORKS = ("mlp", "lenet", "small_cnn")
@@ -51,6 +52,31 @@ CLAIMS = [
         for peer in WHOLE
     ),
 ]
+
+
+def summary(runs: Sequence[Run]) -> list[Row]:
+    """The smallest and the largest ratio over peers and networks.
+
+    Args:
+        runs: All lines of one run.
+
+    Returns:
+        A row for the median layer, one for the worst.
+    """
+    rows = []
+    for text, worst in (("in the median layer", False), ("in the layer that is worst for us", True)):
+        mine = [claim for claim in CLAIMS if claim.goal is not None and claim.worst == worst]
+        found = [(what, claim) for claim in mine if isinstance(what := harness.evaluate(claim, runs), Summary)]
+        ratios = {claim: what.median for what, claim in found}
+        least, most = (choose(ratios, key=ratios.__getitem__, default=None) for choose in (min, max))
+        if least is None or most is None:
+            ours = NOTHING
+        else:
+            ours = f"{ratios[least]:.1f}× ({least.contender}, {least.network}) to {ratios[most]:.0f}× "
+            ours += f"({most.contender}, {most.network})"
+        claim = f"given the same time, RMSE of {len(PEERS)} stochastic peers over that of `columns=2`, {text}: ≥ 10×"
+        rows.append(Row(claim, ours, verdict_of(mine, runs)))
+    return rows
 
 
 def affordable(budget: float, few: tuple[int, float], many: tuple[int, float], step: int) -> int:

@@ -34,11 +34,14 @@ from pathlib import Path
 import torch
 
 from .harness import RESULTS, Run, environment, folder_name, record
+from .rows import Row, compared, mean
 from .two_layer import BIAS, KINDS, NO_BIAS, SIM_BN, SIM_LN, least_trace
 from .xor_training import (
     CONSTRUCTED,
     DIMENSION,
     EASED,
+    MS_SGD,
+    MSSAM,
     OPTIMIZERS,
     PROJECTED,
     SAM,
@@ -54,6 +57,7 @@ SEEDS = 5
 GENERALISES, NEARLY = 99.0, 90.0  # per cent
 # The paper's two last columns: the flattest generalises, SAM generalises.
 PAPER = {NO_BIAS: ("yes", "yes"), BIAS: ("no", "no"), SIM_BN: ("yes", "yes"), SIM_LN: ("no", "yes")}
+_SOURCE = "arXiv 2307.11007"
 
 
 def measure(scale: str, minutes: float, keep: Callable[[list[Run]], object]) -> list[Run]:
@@ -100,22 +104,6 @@ def final(runs: Sequence[Run], kind: str, optimizer: str) -> list[Run]:
     return list(found.values())
 
 
-def summary(values: Sequence[float], digits: int = 1) -> str:
-    """Mean ± standard error.
-
-    Args:
-        values: At least one.
-        digits: After the point.
-
-    Returns:
-        Text; the mean alone for one value.
-    """
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ± {statistics.stdev(values) / math.sqrt(len(values)):.{digits}f}"
-
-
 def sam_verdict(runs: Sequence[Run], setting: Setting) -> str:
     """Whether SAM generalises, as far as was run.
 
@@ -135,7 +123,7 @@ def sam_verdict(runs: Sequence[Run], setting: Setting) -> str:
     if any(run["diverged"] for run in last):
         length += "; then diverged"
     accuracy = [100 * run["test_accuracy"] for run in last]
-    found = f"{summary(accuracy)} % after {length}"
+    found = f"{mean(accuracy, 1)} % after {length}"
     if not all(run["train_accuracy"] == 1 for run in last):
         return f"does not fit all samples: {found}"
     if statistics.fmean(accuracy) >= GENERALISES:
@@ -186,6 +174,54 @@ def body(runs: Sequence[Run]) -> list[str]:
     return lines
 
 
+def summary(runs: Sequence[Run]) -> list[Row]:
+    """The paper's two last columns beside ours, and ours beside 1-SAM.
+
+    Args:
+        runs: All lines of one run.
+
+    Returns:
+        Rows.
+    """
+    rows = []
+    for kind in KINDS:
+        flattest, generalises = PAPER[kind]
+        found = flattest_verdict(runs, kind)
+        if found.startswith(("yes:", "no:")):
+            word = "as the paper" if found.startswith(flattest) else "**not repeated**"
+            rows.append(Row(f"XOR, {kind}: the flattest generalises", found, word, f"{flattest} ({_SOURCE})"))
+        settings = [s for s in SETTINGS if s.kind == kind and s.optimizer in (SAM, PROJECTED, EASED)]
+        words = {setting.optimizer: sam_verdict(runs, setting) for setting in settings}
+        word = "as the paper" if any(w.startswith(f"{generalises}:") for w in words.values()) else "**not repeated**"
+        ours = f"{'; '.join(f'{name}: {found}' for name, found in words.items())} (n = {len(final(runs, kind, SAM))})"
+        rows.append(Row(f"XOR, {kind}: SAM generalises", ours, word, f"{generalises} ({_SOURCE})"))
+    return rows + [row for kind in KINDS for optimizer in (MSSAM, MS_SGD) for row in beside_sam(runs, kind, optimizer)]
+
+
+def beside_sam(runs: Sequence[Run], kind: str, optimizer: str) -> list[Row]:
+    """Test accuracy beside that of 1-SAM, seed by seed.
+
+    Args:
+        runs: All lines of one run.
+        kind: The network.
+        optimizer: One of ours.
+
+    Returns:
+        A row; none if it was not run.
+    """
+    mine, reference = ({r["round"]: r for r in final(runs, kind, name)} for name in (optimizer, SAM))
+    both = [seed for seed in mine if seed in reference]
+    if not both:
+        return []
+    differences = [100 * (mine[seed]["test_accuracy"] - reference[seed]["test_accuracy"]) for seed in both]
+    ours = f"{mean([100 * run['test_accuracy'] for run in mine.values()], 1)} (n = {len(mine)}), "
+    text, word = compared(differences, 1)
+    ours += f"over 1-SAM's {text}"
+    lost = [name for name, last in ((optimizer, mine), (SAM, reference)) if any(r["diverged"] for r in last.values())]
+    word = f"diverged: {' and '.join(lost)}" if lost else word
+    return [Row(f"XOR, {kind}: {optimizer}'s test accuracy, per cent", ours, word, detail=kind not in (BIAS, SIM_LN))]
+
+
 def numbers(setting: Setting) -> str:
     """lr, ρ or λ, batch, weight decay and epochs of every phase, as in the paper's Table 2."""
     parts = []
@@ -226,11 +262,11 @@ def details(runs: Sequence[Run]) -> list[str]:
         cells = [
             *(kind, optimizer, text, str(len(last))),
             f"{statistics.fmean(run['loss'] for run in last):.2g}{' (then diverged)' if gone else ''}",
-            summary([100 * run["train_accuracy"] for run in last]),
-            summary([100 * run["test_accuracy"] for run in last]),
+            mean([100 * run["train_accuracy"] for run in last], 1),
+            mean([100 * run["test_accuracy"] for run in last], 1),
             f"{100 * max(curve.values()):.1f} at {max(curve, key=curve.__getitem__):,}" if text else "",
-            summary([run["trace"] for run in last], 2),
-            summary([run["minimum_sharpness"] for run in last], 2),
+            mean([run["trace"] for run in last]),
+            mean([run["minimum_sharpness"] for run in last]),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     seconds = sum(run["seconds"] for run in runs if run.get("last") and "seconds" in run)

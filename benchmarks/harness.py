@@ -348,7 +348,9 @@ def main(
     torch.set_num_threads(options.threads)
     described = environment(options.threads, options.device)
     choice = () if len(devices) == 1 else (options.device,)
+    began = time.monotonic()
     runs = measure(options.scale, *choice)
+    described["minutes"] = round((time.monotonic() - began) / 60, 1)
     described["load_average_after"] = round(os.getloadavg()[0], 2)
     out = options.out or (RESULTS if options.scale == "cpu" else None)
     if out is not None:

@@ -128,6 +128,7 @@ def claims(network: str) -> list[Claim]:
         time("MSSAM[move], in two passes + torch's SGD step", MOVE, TWO_SGD),
         *([time("MSSAM[move] with `fused=True` for its SGD, in two passes", FUSED, TWO)] if network == "mlp" else []),
         time("MSSAM[move], a step with a refresh, in two passes", MOVE + WITH, TWO),
+        time("MSSAM[move] with a refresh every 100 steps, in steps without", MOVE, MOVE + WITHOUT),
         time("ms_optim.SAM, in two passes", SAM, TWO),
         time("ms_optim.ASAM[elementwise], in two passes", ASAM, TWO),
         *(time(f"{peer}, in two passes", peer, TWO) for peer in (DAVDA54, SAMSUNG, SAMSUNG_SAM, MOSKOMULE, PACKAGE)),

@@ -39,6 +39,8 @@ from ms_optim.reference.curvature import paper_traces
 from . import harness
 from .harness import Claim, Run, timed
 from .networks import NETWORKS, mnist
+from .render import measured
+from .rows import Row, verdict_of
 
 DEVICES = ("cpu", "cuda")
 SAMPLES = (10, 100, 1000)
@@ -237,6 +239,30 @@ def measure(scale: str, device: str) -> list[Run]:
         for seed in range(SEEDS if full else 2)
         for run in one_seed(network, samples, seed, data, full, device)
     ]
+
+
+def summary(runs: Sequence[Run]) -> list[Row]:
+    """The paper's speed-ups beside ours.
+
+    Args:
+        runs: All lines of one run.
+
+    Returns:
+        A row for each network.
+    """
+    rows = []
+    for network, speedups in PAPER_SPEEDUP.items():
+        names = [label(network, samples) for samples in SAMPLES]
+        mine = [claim for claim in CLAIMS if claim.network in names and claim.goal is not None]
+        rows.append(
+            Row(
+                f"{network}, n = {', '.join(map(str, SAMPLES))}: exact trace, how much faster than brute force",
+                "; ".join(measured(harness.evaluate(claim, runs), "×") for claim in mine),
+                f"three times the paper's: {verdict_of(mine, runs)}",
+                f"{'×, '.join(map(str, speedups))}× (Fig. 1 of arXiv 2106.12612)",
+            )
+        )
+    return rows
 
 
 def details(runs: Sequence[Run]) -> list[str]:

@@ -2,10 +2,12 @@
 
 ``python -m benchmarks.render`` writes ``results/<claim>/table.md`` from the newest run of every claim on the CPU and,
 for scripts that take ``--device cuda``, from the newest one on a GPU; what was never measured there says so, and so do
-the claims of a script that has a folder and no results.
+the claims of a script that has a folder and no results.  Then it writes ``README.md``, the report on all of them
+(:mod:`benchmarks.report`).  A test renders all of this again and compares it with what is committed.
 
 A script has ``CLAIMS``, or ``body(runs)``, Markdown in the place of their table.  It may have ``details(runs)``, which
-follows the claims, and ``draw(runs, path)``, which makes the figure that its details show.
+follows the claims; ``summary(runs)``, its rows in the report; and ``draw(runs, path)``, which makes the figure that its
+page shows: the only thing here that needs matplotlib, and comes last.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ import importlib.util
 import json
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from .harness import RESULTS, Claim, Run, Summary, evaluate, verdict
@@ -41,7 +45,9 @@ def table(name: str, environment: Mapping[str, Any], runs: Sequence[Run]) -> str
     where = "" if device == "cpu" else f"{device}, "
     machine = f"{where}{environment['cpu']} ({environment['cpu_capability']}), {environment['threads']} threads"
     versions = f"torch {environment['torch']}, Python {environment['python']}"
-    loads = f"load average {environment['load_average_before']} before, {environment['load_average_after']} after"
+    loads = f"load average {environment['load_average_before']} before"
+    if "load_average_after" in environment:  # the oldest runs have it not
+        loads += f", {environment['load_average_after']} after"
     option = "" if device == "cpu" else " --device cuda"
     lines = [
         f"# {first}",
@@ -72,15 +78,32 @@ def claims_table(claims: Sequence[Claim], runs: Sequence[Run]) -> list[str]:
     ]
     for claim in claims:
         found = evaluate(claim, runs)
-        unit = " GiB" if claim.reference is None else "×"
-        goal = "" if claim.goal is None else f"{'≥' if claim.at_least else '≤'} {claim.goal:g}{unit}"
-        cells = (claim.network, claim.text, goal, _measured(found, unit), verdict(found, claim.goal, claim.at_least))
+        words = verdict(found, claim.goal, claim.at_least)
+        cells = (claim.network, claim.text, aim(claim), measured(found, unit_of(claim)), words)
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def _measured(found: Summary | str, unit: str) -> str:
-    """A summary in words."""
+def unit_of(claim: Claim) -> str:
+    """What a claim is measured in."""
+    return " GiB" if claim.reference is None else "×"
+
+
+def aim(claim: Claim) -> str:
+    """The goal of a claim in words; nothing if it has none."""
+    return "" if claim.goal is None else f"{'≥' if claim.at_least else '≤'} {claim.goal:g}{unit_of(claim)}"
+
+
+def measured(found: Summary | str, unit: str) -> str:
+    """A summary in words.
+
+    Args:
+        found: What was measured, or why nothing was.
+        unit: Behind the median.
+
+    Returns:
+        Median [quartiles] (n).
+    """
     if isinstance(found, str):
         known = found in ("not measured", "not installed")
         return found if known else f"unsupported: {found.replace('|', '/')}"
@@ -126,11 +149,11 @@ def side_by_side(runs: Sequence[Run], unit: str, order: Sequence[str] = ()) -> l
         names = dict.fromkeys(run["contender"] for run in runs if run["network"] == network)
         for name in sorted(names, key=lambda name: order.index(name) if name in order else len(order)):
             mine = [run for run in runs if (run["network"], run["contender"]) == (network, name)]
-            failed = [_measured(run["failed"], "") for run in mine if "failed" in run]
+            failed = [measured(run["failed"], "") for run in mine if "failed" in run]
             ratio = evaluate(Claim(network, "", name, unit), runs)
             cells = [
                 _median([run["seconds"] for run in mine if "seconds" in run]) or "".join(failed),
-                _measured(ratio, "×") if isinstance(ratio, Summary) else "",
+                measured(ratio, "×") if isinstance(ratio, Summary) else "",
                 _median([run["peak_bytes"] / 2**20 for run in mine if "peak_bytes" in run]),
             ]
             if any(cells):
@@ -146,6 +169,45 @@ def _median(values: Sequence[float]) -> str:
     return f"{statistics.median(values):.3g} ({len(values)})" if values else ""
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A run that was recorded.
+
+    Attributes:
+        folder: Where.
+        environment: Where it was made.
+        runs: All its lines.
+    """
+
+    folder: Path
+    environment: dict[str, Any]
+    runs: list[Run]
+
+
+def newest(folder: Path, device: str) -> Measured | None:
+    """The newest run of a claim.
+
+    Args:
+        folder: The claim's folder of results.
+        device: ``"cpu"`` or ``"cuda"``.
+
+    Returns:
+        The run; ``None`` if there is none.
+    """
+    found = [path.parent for path in folder.glob("*/runs.jsonl")]
+    mine = [path for path in found if ("_cuda_" in path.name) == (device == "cuda")]
+    if not mine:
+        return None
+    last = max(mine, key=lambda path: path.name)
+    runs = [json.loads(line) for line in (last / "runs.jsonl").read_text(encoding="utf-8").splitlines()]
+    return Measured(last, json.loads((last / "environment.json").read_text(encoding="utf-8")), runs)
+
+
+def devices_of(script: ModuleType) -> Sequence[str]:
+    """Where a script can run."""
+    return tuple(getattr(script, "DEVICES", ("cpu",)))
+
+
 def pages(name: str, folder: Path) -> str:
     """The page of one claim from its newest runs, on the CPU first.
 
@@ -154,45 +216,76 @@ def pages(name: str, folder: Path) -> str:
         folder: Its folder of results.
 
     Returns:
-        Markdown; a figure is written beside the runs that it shows.
+        Markdown.
     """
     script = importlib.import_module(f"benchmarks.{name}")
-    found = {path.parent for path in folder.glob("*/runs.jsonl")}
+    title = str(script.__doc__).splitlines()[0]
+    found = {device: newest(folder, device) for device in devices_of(script)}
     parts = []
-    if not found:
-        title = f"# {str(script.__doc__).splitlines()[0]}"
-        parts = ["\n".join([title, "", *claims_table(getattr(script, "CLAIMS", ()), [])]) + "\n"]
-    for device in getattr(script, "DEVICES", ("cpu",)):
-        mine = [path for path in found if ("_cuda_" in path.name) == (device == "cuda")]
-        if not mine:
+    if not any(found.values()):
+        parts = ["\n".join([f"# {title}", "", *claims_table(getattr(script, "CLAIMS", ()), [])]) + "\n"]
+    for device, run in found.items():
+        if run is None:
             parts.append(CUDA_MISSING if device == "cuda" else "")
             continue
-        newest = max(mine, key=lambda path: path.name)
-        runs = [json.loads(line) for line in (newest / "runs.jsonl").read_text().splitlines()]
-        environment = json.loads((newest / "environment.json").read_text())
-        text = table(name, environment, runs)
+        text = table(name, run.environment, run.runs)
         if hasattr(script, "draw"):
-            script.draw(runs, newest / "figure.svg")
-            text += f"\n![{str(script.__doc__).splitlines()[0]}]({newest.name}/figure.svg)\n"
+            text += f"\n![{title}]({run.folder.name}/figure.svg)\n"
         parts.append(text if device == "cpu" else f"\n#{text}")
     return "".join(parts)
 
 
+def figures(name: str, folder: Path) -> None:
+    """Draw the figures of one claim beside the runs that they show.
+
+    Args:
+        name: The name of its script.
+        folder: Its folder of results.
+    """
+    script = importlib.import_module(f"benchmarks.{name}")
+    for device in devices_of(script) if hasattr(script, "draw") else ():
+        run = newest(folder, device)
+        if run is not None:
+            script.draw(run.runs, run.folder / "figure.svg")
+
+
+def rendered(results: Path) -> list[str]:
+    """The claims whose pages are rendered: those with a folder, and a script that has claims or a table of its own.
+
+    Args:
+        results: The folder of all results.
+
+    Returns:
+        Names of scripts, in order; not the demo, whose table is its own.
+    """
+    found = []
+    for folder in sorted(path for path in results.iterdir() if path.is_dir()):
+        if importlib.util.find_spec(f"benchmarks.{folder.name}") is not None:
+            script = importlib.import_module(f"benchmarks.{folder.name}")
+            if hasattr(script, "CLAIMS") or hasattr(script, "body"):
+                found.append(folder.name)
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Render every claim that has results.
+    """Render every claim that has results, and the report.
 
     Args:
         arguments: Of the command line; ``None``: the process's own.
     """
-    parser = argparse.ArgumentParser(description=str(__doc__))
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    results = parser.parse_args(arguments).results
-    for folder in sorted(path for path in results.iterdir() if path.is_dir()):
-        script = importlib.util.find_spec(f"benchmarks.{folder.name}")
-        module = None if script is None else importlib.import_module(script.name)
-        if not (hasattr(module, "CLAIMS") or hasattr(module, "body")):
-            continue  # the demo or a sweep, which has no goal and draws a table of its own
-        (folder / "table.md").write_text(pages(folder.name, folder))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="of another folder the report is written into it")
+    parser.add_argument("--no-figures", action="store_true", help="pages and report alone, without matplotlib")
+    options = parser.parse_args(arguments)
+    results: Path = options.results
+    from . import report  # it imports the scripts, and they import this
+
+    names = rendered(results)
+    for name in names:
+        (results / name / "table.md").write_text(pages(name, results / name), encoding="utf-8")
+    report.place(results).write_text(report.page(results), encoding="utf-8")
+    for name in () if options.no_figures else names:
+        figures(name, results / name)
 
 
 if __name__ == "__main__":

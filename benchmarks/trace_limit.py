@@ -31,6 +31,7 @@ CLAIMS = [
         Claim(network, "the floor column by column, in forward + backward passes", LOOPED, PASS),
         Claim(network, "the floor with all columns at once", BATCHED, PASS),
         Claim(network, "exact trace, in forward + backward passes", EXACT, PASS),
+        Claim(network, "the floor, how much faster than BackPACK", BACKPACK, (LOOPED, BATCHED), at_least=True),
         Claim(network, "its memory above inputs, over the floor's column by column", EXACT, LOOPED, None, "peak_bytes"),
         Claim(network, "its memory above inputs, over BackPACK's", EXACT, BACKPACK, None, "peak_bytes"),
     )

@@ -32,7 +32,7 @@ CLAIMS = [
     for network, goal in (("mlp", 3.5), ("lenet", 8.0))
     for claim in (
         Claim(network, "exact trace, in forward + backward passes", "exact", PASS, goal),
-        Claim(network, "`columns=2`", "columns=2", PASS, 2.5),
+        Claim(network, "`columns=2`, in forward + backward passes", "columns=2", PASS, 2.5),
         Claim(network, "BackPACK's exact GGN diagonal", BACKPACK, PASS),
         Claim(network, "the paper's algorithm, K + 1 passes per sample", {PAPER: 8.0}, PASS),
     )
