@@ -18,18 +18,14 @@ from recipes import write
 REAL = os.environ.get("MS_OPTIM_DATA")
 NAMES = [name for name, _, _ in write.names()]
 
-#: On a CPU these take many seconds: large networks, and reading the graph of deep ones a second time for CIFAR-100.
-LARGE = ("wrn28_10", "imagenet")
+#: On a CPU the others take many seconds each: large networks, and reading the graph of deep ones.
+FAST_FAMILIES = ("digits", "mnist", "cifar10_small_resnet")
+FAST = ("cifar10_resnet18_mssam", "cifar10_resnet56_sgd", "cifar10_preact_resnet18_sgd", "cifar10_mixer_sgd")
 
 
 def is_slow(name):
-    """Whether a recipe is left to the slow tests: each network and each optimizer has one that is not."""
-    if any(part in name for part in LARGE):
-        return not name.endswith(("cifar10_wrn28_10_sgd", "resnet50_sgd", "vit_s_sam"))
-    deep = ("resnet56", "preact", "mixer", "vit_tiny")
-    if name.endswith(("mssam", "msreg")) and any(part in name for part in deep):
-        return not name.endswith(("preact_resnet18_msreg", "cifar10_mixer_mssam"))
-    return name.startswith("cifar100") and not name.endswith("sam")
+    """Whether a recipe is left to the slow tests."""
+    return not name.startswith((*FAST_FAMILIES, *FAST))
 
 
 @pytest.fixture(scope="module")
