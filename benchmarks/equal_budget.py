@@ -34,6 +34,7 @@ from ms_optim.sweep import Choice, Difference, Result, Trial
 from . import cost, training, trials
 from .harness import Run
 from .problems import PAPER, PROBLEMS
+from .rows import Row
 
 FUNCTION = "benchmarks.equal_budget:trained"
 RATES, DECAYS = (0.02, 0.05, 0.1), (5e-4, 5e-3)
@@ -64,6 +65,8 @@ class Contender:
 _RADII = (0.03, 0.06, 0.12, 0.24, 0.48)
 _ADAPTIVE = (0.25, 0.5, 1.0, 2.0, 4.0)
 SGD, LONGER, MSSAM = "SGD", "SGD, twice the epochs", "MSSAM"
+#: Those that the report has a row for; the others are there if they did not work.
+SHOWN = (LONGER, MSSAM, "MSRegularizedSGD, trace", "MSRegularizedSGD, noise")
 #: Those of which the best one is the reference.
 BASELINES = ("SAM", "ASAM, official", "ASAM, elementwise", "ASAM, layer")
 CONTENDERS: dict[str, Contender] = {
@@ -342,6 +345,28 @@ def row_lines(results: Sequence[Result], row: str, choices: Mapping[str, Choice]
         cells += [f"{mine['ratio']:.2f}" if "ratio" in mine else "", f"{mine['mib']:.1f}" if "mib" in mine else ""]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def summary(runs: Sequence[Run]) -> list[Row]:
+    """MSSAM and the regularised SGDs against the best of SAM and the ASAMs, row by row; and all against SGD's budget.
+
+    Args:
+        runs: All lines of one run.
+
+    Returns:
+        Rows of the report.
+    """
+    results = [trials.result_of(run) for run in runs]
+    made = []
+    for row, problem in {**PROBLEMS, **PAPER}.items():
+        best, apart = reference(results, row), differences(results, row)
+        corrected = dict(zip(apart, sweep.holm([each.p_t for each in apart.values()]), strict=True))
+        for name, found in apart.items():
+            ours = f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}] points (n = {found.n})"
+            kind = "judging" if problem.judging else "development"
+            claim = f"{row} ({kind}): {name} against {best}, the best of SAM and the ASAMs"
+            made.append(Row(claim, ours, verdict(found, corrected[name]), detail=name not in SHOWN))
+    return made
 
 
 def details(runs: Sequence[Run]) -> list[str]:

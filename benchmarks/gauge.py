@@ -24,6 +24,7 @@ from ms_optim.sweep import Difference, Result, Trial
 
 from . import trials
 from .harness import Run
+from .rows import Row, compared
 
 FUNCTION = "benchmarks.training:trained"
 RATES = (0.02, 0.05, 0.1)
@@ -168,6 +169,28 @@ def fresh_accuracy(results: Sequence[Result], row: str, contender: str) -> dict[
     """
     mine = [r for r in results if (r.trial.problem, r.trial.method, r.trial.stage) == (row, contender, "fresh")]
     return {int(r.trial.seed): 100 * value for r in mine if (value := r.value("test")) is not None}
+
+
+def summary(runs: Sequence[Run]) -> list[Row]:
+    """Every variant against SAM.
+
+    Args:
+        runs: All lines of one run.
+
+    Returns:
+        A row for the best of the variants on each problem, and details for the others.
+    """
+    results = [trials.result_of(run) for run in runs]
+    made = []
+    for row in ROWS:
+        base = fresh_accuracy(results, row, REFERENCE)
+        for contender in VARIANTS:
+            mine = fresh_accuracy(results, row, contender)
+            if mine and contender != REFERENCE:
+                ours, word = compared([value - base[seed] for seed, value in mine.items() if seed in base])
+                claim = f"{row} (development): {contender} against SAM"
+                made.append(Row(claim, f"{ours} points", word, detail=not contender.startswith("MSSAM, κ")))
+    return made
 
 
 def details(runs: Sequence[Run]) -> list[str]:

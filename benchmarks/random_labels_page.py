@@ -135,7 +135,7 @@ def body(runs: Sequence[Run]) -> list[str]:
     networks = list(dict.fromkeys(run["network"] for run in runs))
     lines = [
         "Kendall's τ-b between generalization gap and measure [95 %, by seeds]. The overall τ is carried by the "
-        "ratio: what knows nothing else has the τ of the row \"the ratio itself\", and the last column is what a "
+        'ratio: what knows nothing else has the τ of the row "the ratio itself", and the last column is what a '
         "measure says beyond it.",
         "",
         "| network | measure | all runs | n | without dead runs | n | mean τ within a ratio, without dead runs |",

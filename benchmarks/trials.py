@@ -86,9 +86,18 @@ class Trainings:
         known: Iterable[Run] = (),
     ) -> None:
         self.scale, self._function, self._resources, self._keep = scale, function, resources, keep
-        self._known = {canonical(line["settings"]): result_of(line) for line in known if line["status"] != FAILED}
+        self._known: dict[str, Result] = {}
         self.results: list[Result] = []
         self.hosts: list[dict[str, Any]] = []
+        self.remember(known)
+
+    def remember(self, lines: Iterable[Run]) -> None:
+        """Take trainings as known.
+
+        Args:
+            lines: Theirs; one that failed is none.
+        """
+        self._known |= {canonical(line["settings"]): result_of(line) for line in lines if line["status"] != FAILED}
 
     def __call__(self, trials: Sequence[Trial]) -> list[Result]:
         """Run those that are not known.

@@ -5,7 +5,7 @@ clean images, and so are the raw runs: nothing is tuned for noise.  Sizes are re
 do not depend on how a network is scaled (:mod:`benchmarks.corruptions` has the formulas).  A method is above or below
 SAM at a size if the paired t-test says so at 5 %, after Holm's correction over the methods of that row and size.
 
-    MS_OPTIM_DATA=... python -m benchmarks.equal_budget        trains them, and makes this page as well
+    MS_OPTIM_DATA=... python -m benchmarks.weight_noise        after equal_budget, whose trainings are not repeated
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from ms_optim import sweep
 from ms_optim.demo.report import mean_and_error
 from ms_optim.sweep import Difference
 
+from . import equal_budget, trials
 from .corruptions import SIZES
 from .equal_budget import CONTENDERS
-from .harness import Run
+from .harness import RESULTS, Run
+from .problems import PROBLEMS
+from .render import newest
+from .rows import Row
 
-#: The claim whose runs this page is made of.
-RUNS_OF = "equal_budget"
 REFERENCE = "SAM"
 _TITLES = {
     "gaussian": "Gaussian noise on weights, σ",
@@ -32,6 +34,31 @@ _TITLES = {
     "image noise": "Gaussian noise on images, σ",
     "erased": "Erased square, share of the side",
 }
+
+
+def plan(run: trials.Trainings) -> None:
+    """Take over the trainings of the fresh seeds, or train them.
+
+    Args:
+        run: The trainings.
+
+    Raises:
+        FileNotFoundError: If nothing was chosen yet.
+    """
+    if run.scale == "smoke":
+        row, names = next(iter(PROBLEMS)), (equal_budget.SGD, REFERENCE, equal_budget.MSSAM)
+        middle = {name: CONTENDERS[name].values[2] for name in names}
+        run([equal_budget.trial(row, n, 0.1, 0.0, middle[n], seed, "smoke", "fresh") for n in names for seed in (0, 1)])
+        return
+    chosen = newest(RESULTS / "equal_budget", "cuda" if run.scale == "paper" else "cpu")
+    if chosen is None:
+        raise FileNotFoundError(
+            "results/equal_budget has no runs, and the settings are those that were chosen there: run "
+            "python -m benchmarks.equal_budget first"
+        )
+    lines = [line for line in chosen.runs if line["stage"] == "fresh"]
+    run.remember(lines)
+    run([trials.result_of(line).trial for line in lines])
 
 
 def found(runs: Sequence[Run]) -> dict[tuple[str, str, str, str], dict[int, float]]:
@@ -148,3 +175,48 @@ def draw(runs: Sequence[Run], path: Any) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path)
     pyplot.close(figure)
+
+
+def summary(runs: Sequence[Run]) -> list[Row]:
+    """Where MSSAM stands, over all rows and sizes.
+
+    Args:
+        runs: All lines of one run.
+
+    Returns:
+        A row per corruption.
+    """
+    cells = found(runs)
+    rows = list(dict.fromkeys(row for row, *_ in cells))
+    signs = [significant(cells, row) for row in rows]
+    made = []
+    for corruption, sizes in SIZES.items():
+        apart, above, below, count = [], 0, 0, 0
+        for row, sign in zip(rows, signs, strict=True):
+            for size in sizes:
+                mine = cells.get((row, equal_budget.MSSAM, corruption, f"{size:g}"), {})
+                base = cells.get((row, REFERENCE, corruption, f"{size:g}"), {})
+                apart += [value - base[seed] for seed, value in mine.items() if seed in base]
+                above += sign.get((equal_budget.MSSAM, corruption, f"{size:g}"), 0) > 0
+                below += sign.get((equal_budget.MSSAM, corruption, f"{size:g}"), 0) < 0
+                count += bool(mine)
+        if apart:
+            ours = (
+                f"above in {above}, below in {below} of {count} (row, size); mean {sum(apart) / len(apart):+.2f} points"
+            )
+            word = "better" if above > below else "worse" if below > above else "no difference shown"
+            made.append(Row(f"MSSAM withstands more than SAM: {_TITLES[corruption].split(',')[0].lower()}", ours, word))
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """See the module's docstring.
+
+    Args:
+        arguments: Of the command line; ``None``: the process's own.
+    """
+    trials.main(__doc__, "weight_noise", equal_budget.FUNCTION, plan, arguments)
+
+
+if __name__ == "__main__":
+    main()
