@@ -107,8 +107,18 @@ def problem_of(name: str, scale: str) -> Problem:
         The problem.
     """
     problem = {**PROBLEMS, **PAPER}[name]
-    if scale != "smoke":
-        return problem
+    return tiny(problem) if scale == "smoke" else problem
+
+
+def tiny(problem: Problem) -> Problem:
+    """A row of the same kind at the scale ``"smoke"``.
+
+    Args:
+        problem: The row.
+
+    Returns:
+        The row on few random images of 8×8, with the smallest network of the kind.
+    """
     convolutional = problem.build in (small_resnet, resnet18, small_resmlp)
     build = _smoke_resnet if convolutional else _smoke_mlp
     return replace(problem, data="random", images=40, build=build, epochs=2, batch=16)
