@@ -67,7 +67,7 @@ def subject(kind: Callable[..., Any], name: str | None = None, **options: Any) -
         norm=None if regularised else _norm(kind, options, rebalance),
         rho_key=key,
         last_gradient=gradient in (None, "noise"),
-        settles=int(along_momentum or rebalance == "move"),
+        settles=int(along_momentum or rebalance in ("move", "rows")),
         scaled_step=by_passes,
         excluded={"no_gradients_change_nothing": PENALTY} if gradient == "trace" else {},
     )
@@ -135,6 +135,7 @@ FAMILY = (
     subject(ASAM, "ASAM (official)", rho=0.5),
     subject(ASAM, "ASAM (elementwise)", rho=0.5, operator="elementwise"),
     subject(MSSAM, "MSSAM (move)"),
+    subject(MSSAM, "MSSAM (rows)", rebalance="rows"),
     subject(MSSAM, "MSSAM (metric)", rebalance="metric"),
     subject(MSRegularizedSGD, "MSReg (trace)"),
     subject(MSRegularizedSGD, "MSReg (noise)", gradient="noise"),
