@@ -79,6 +79,7 @@ CASES = [
     Case("ASAM[metric]", ms_optim.ASAM, 2, {"rho": 0.0}, {"rho": 0.5, "operator": "official", "rebalance": "metric"}),
     Case("MSSAM[move]", ms_optim.MSSAM, 2, {"rho": 0.0}, {"rho": 0.1, "rebalance": "move"}),
     Case("MSSAM[metric]", ms_optim.MSSAM, 2, {"rho": 0.0}, {"rho": 0.1, "rebalance": "metric"}),
+    Case("MSSAM[rows]", ms_optim.MSSAM, 2, {"rho": 0.0}, {"rho": 0.1, "rebalance": "rows"}),
     Case("MSSAM[None]", ms_optim.MSSAM, 2, {"rho": 0.0}, {"rho": 0.1, "rebalance": None}),
     Case("MSSAM[move,gauge=1/2]", ms_optim.MSSAM, 2, {"rho": 0.0}, {"rho": 0.1, "gauge": 0.5, "columns": None}),
     Case("SAM[momentum]", ms_optim.SAM, 1, {"rho": 0.0}, {"rho": 0.1, "ascent": "momentum"}),
@@ -99,6 +100,7 @@ CASES = [
         {"strength": 0.0},
         {"strength": 0.01, "rebalance": "metric", "gauge": 0.5},
     ),
+    Case("MSReg[trace,rows]", ms_optim.MSRegularizedSGD, 1, {"strength": 0.0}, {"strength": 0.01, "rebalance": "rows"}),
     Case("MSReg[trace,None]", ms_optim.MSRegularizedSGD, 1, {"strength": 0.0}, {"strength": 0.01, "rebalance": None}),
     Case("MSReg[noise,move]", ms_optim.MSRegularizedSGD, 1, {"strength": 0.0}, {"strength": 1e-4, "gradient": "noise"}),
     Case(

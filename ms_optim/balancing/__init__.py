@@ -8,7 +8,7 @@ the closed form, ``solve`` presents the result, ``rebalance`` takes a network th
 from .chain import chain_log_scales, chain_minimum
 from .neurons import NeuronBalance, balance_neurons
 from .rebalance import rebalance_
-from .solve import Balance, balance
+from .solve import Balance, balance, row_balance
 
 __all__ = [
     "Balance",
@@ -18,4 +18,5 @@ __all__ = [
     "chain_log_scales",
     "chain_minimum",
     "rebalance_",
+    "row_balance",
 ]

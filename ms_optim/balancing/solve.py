@@ -24,7 +24,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -170,14 +171,20 @@ class Balance:
         vector = t.detach().to("cpu", torch.float64)
         return _present(self._numbers(), vector.numpy(), self.minimum_sharpness, self.notes)
 
-    def moved(self) -> Balance:
-        """What holds after the network itself went to the representative (``group.rescale_(model, balance.t)``).
+    def moved(self, t: Tensor | None = None) -> Balance:
+        """What holds after the network itself was rescaled.
+
+        Args:
+            t: ``[G]``, by what it was (``group.rescale_(model, t)``); ``None``: to the representative, by this t.
 
         Returns:
-            A Balance with log-scales 0 and weights 1; its ``trace`` is the one that was reached.
+            A Balance seen from there: with log-scales 0 and weights 1 if that is the representative; its ``trace`` is
+            the one that was reached.
         """
-        a = self._numbers().program.rows @ self.t.numpy()
-        return _present(self._numbers().moved(a), np.zeros(len(self.t)), self.minimum_sharpness, self.notes)
+        by = self.t.numpy() if t is None else t.detach().to("cpu", torch.float64).numpy()
+        numbers = self._numbers()
+        rest = np.zeros(len(self.t)) if t is None else self.t.numpy() - by
+        return _present(numbers.moved(numbers.program.rows @ by), rest, self.minimum_sharpness, self.notes)
 
 
 def balance(model: nn.Module, traces: Mapping[str, float], group: ScaleGroup, gauge: float = 0.0) -> Balance:
@@ -218,6 +225,39 @@ def _balance(found: Classes, c: Vector, n: Vector, gauge: float) -> Balance:
     representative = Representative(found, c, n, program, pinned, gauge)
     minimum = float(c @ np.exp(-2 * (program.rows @ t))[found.member])
     return _present(representative, t, minimum, notes)
+
+
+def row_balance(model: nn.Module, group: ScaleGroup) -> Tensor:
+    r"""Where the rows of all layers have the same size, which is where usual initialisations put them.
+
+    The minimiser of :math:`\log \sum_{g∉F} (N_g/R_g) e^{2a_g}` and of the pins of the scale-free classes: J_1 with mean
+    squares of rows in the place of squared norms.  Needs no data, and is one canonical representative of the whole
+    equivalence class, as the minimiser of every J_κ is.
+
+    Args:
+        model: The network; only the squared norms of its parameters are read, in float64.
+        group: The scale group of the model.
+
+    Returns:
+        t, ``[G]``, float64.
+
+    Raises:
+        BalanceError: If the group is not the model's, or a weight is not finite.
+    """
+    parameters = dict(model.named_parameters())
+    _check_group(parameters, group)
+    shapes = tuple(tuple(parameters[name].shape) for name in group.parameters)
+    found = classes(group.parameters, shapes, group.generators.detach().cpu().double().numpy().tobytes())
+    per_row = found.total(_squared_norms(parameters, group.parameters)) / np.maximum(found.size, 1.0)
+    program, _, _ = floored(_single_rows(found), np.zeros_like(per_row), per_row, 1.0)
+    closed = closed_form(program)
+    return torch.from_numpy((minimise(program)[0] if closed is None else closed).copy())
+
+
+@lru_cache(maxsize=64)
+def _single_rows(found: Classes) -> Classes:
+    """The same classes, counted as one row each; cached, for other caches hang on it."""
+    return replace(found, size=np.ones_like(found.size))
 
 
 def _present(representative: Representative, t: Vector, minimum: float, notes: tuple[str, ...]) -> Balance:

@@ -81,7 +81,8 @@ class SharpnessAware(Watcher):
         model: The model the parameters belong to, in ``DistributedDataParallel`` or ``torch.compile`` or not. ``None``:
             the outermost module that owns all parameters, as soon as it is called in training.
         rebalance: ``"move"``: rescale the weights to the representative at each refresh; ``"metric"``: leave them and
-            use w_p = α_p^{-2} only; ``None``: neither.
+            use w_p = α_p^{-2} only; ``"rows"``: rescale them to where the rows of all layers have one size, as at the
+            usual initialisations, and use the w_p that lead to the representative from there; ``None``: neither.
         refresh_every: Steps between refreshes.
         columns: Exact columns per sample in a refresh's traces; ``None`` is exact.
         gauge: κ ∈ [0, 1], which representative: 0 trace, ½ trace × norm², 1 norm.
@@ -107,7 +108,7 @@ class SharpnessAware(Watcher):
     Raises:
         OptimizerError: If a parameter is not the model's.
         UnsupportedError: If the model is in ``DataParallel``, a parameter is complex, the base optimizer calls the
-            closure itself (LBFGS), or ``"move"`` cannot rescale its state.
+            closure itself (LBFGS), or ``"move"`` or ``"rows"`` cannot rescale its state.
         ValueError: If a number is out of its range, or the window of steps never opens.
     """
 

@@ -52,7 +52,7 @@ class MSRegularizedSGD(SharpnessAware):
         momentum: As in ``torch.optim.SGD``.
         strength: λ ≥ 0, in units of loss per trace; 0 is SGD (at the representative).
         gradient: ``"trace"``, ``"noise"`` or ``"antithetic"``.
-        rebalance: ``"move"``, ``"metric"``, or ``None``: the plain trace, w = 1.
+        rebalance: ``"move"``, ``"rows"``, ``"metric"``, or ``None``: the plain trace, w = 1.
         **options: ``model``, ``refresh_every``, ``columns``, ``gauge``, ``granularity``, ``group``, ``seed``, ``every``
             (see :class:`SharpnessAware`), and arguments of ``torch.optim.SGD``, such as ``weight_decay``.
 

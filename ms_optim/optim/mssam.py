@@ -6,6 +6,8 @@ is SAM's step at the rescaled weights α*W, written in today's coordinates, so i
 equivalent networks is being trained.  ``rebalance="metric"`` does exactly this.  ``rebalance="move"`` (the default)
 rescales the weights and the base optimizer's state to the representative at every refresh, so that w = 1 there and the
 descent is scale-free as well: from every equivalent start the network follows the same trajectory in function space.
+``rebalance="rows"`` is scale-free, too: it perturbs the same network by the same ball, and descends from where the rows
+of all layers have one size, as at the usual initialisations, where the usual learning rates are good.
 
 Source: arXiv 2106.12612, Thm 1, for α*; arXiv 2010.01412 for the ascent.
 """
@@ -31,7 +33,7 @@ class MSSAM(SharpnessAware):
         model_or_params: The model, or parameters or groups with ``model=`` beside them.
         base: The class of the optimizer that descends.
         rho: ρ ≥ 0, the radius at the representative; 0 is the base optimizer (there), in one pass.
-        rebalance: ``"move"``, ``"metric"``, or ``None`` for plain SAM.
+        rebalance: ``"move"``, ``"rows"``, ``"metric"``, or ``None`` for plain SAM.
         ascent: ``"gradient"``; or, in one pass, ``"momentum"``: against the base optimizer's momentum, or
             ``"previous"``: along the gradient of the step before.
         **options: ``model``, ``refresh_every``, ``columns``, ``gauge``, ``granularity``, ``group``, ``seed``,

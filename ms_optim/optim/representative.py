@@ -1,8 +1,9 @@
 r"""Representative: where a network stands among its equivalents, found again every so many steps.
 
 A *refresh* discovers the scale group (once), traces, solves, and with ``rebalance="move"`` rescales the weights to the
-minimiser, together with the base optimizer's state and everything else that is kept per weight.  With several ranks the
-traces are those of all their samples, and all go to the same place.
+minimiser, together with the base optimizer's state and everything else that is kept per weight.  With ``"rows"`` it
+rescales them to where the rows of all layers have one size, and the minimiser is a metric there.  With several ranks
+the traces are those of all their samples, and all go to the same place.
 
 Source: arXiv 2106.12612, Thm 1, per batch.
 """
@@ -18,15 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..balancing import Balance, NeuronBalance, balance, balance_neurons
+from ..balancing import Balance, NeuronBalance, balance, balance_neurons, row_balance
 from ..balancing.rebalance import Granularity
 from ..batch import Batch
 from ..curvature import hessian_diagonal, hessian_trace
 from ..errors import NoEffectWarning, UnsupportedError
-from ..symmetry import Group, LogScales, NeuronGroup, neuron_symmetries, scale_symmetries
+from ..symmetry import Group, LogScales, NeuronGroup, ScaleGroup, neuron_symmetries, scale_symmetries
 from .distributed import gathered, reshard
 from .gradient_pass import Snapshot
-from .requirements import Rebalance
+from .requirements import MOVING, Rebalance
 from .wrapper import Part
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Representative(Part):
 
     Args:
         optimizer: The optimizer.
-        rebalance: ``"move"``, ``"metric"`` or ``None``.
+        rebalance: ``"move"``, ``"rows"``, ``"metric"`` or ``None``.
         every: Steps between refreshes.
         columns: Exact columns per sample in the traces; ``None`` is exact.
         gauge: κ.
@@ -81,6 +82,11 @@ class Representative(Part):
     def __getstate__(self) -> dict[str, Any]:
         """A hook carries along something of the original's, as an average of its weights."""
         return {**super().__getstate__(), "_hooks": OrderedDict()}
+
+    @property
+    def moves(self) -> bool:
+        """Whether refreshes rescale the weights."""
+        return self.rebalance in MOVING
 
     @property
     def identity(self) -> list[Any]:
@@ -119,11 +125,11 @@ class Representative(Part):
             return None
         if before is None:
             before = Snapshot(self.optimizer, alone=True)
-        if self.rebalance == "move":
+        if self.moves:
             before.keep_weights()
         stream = self.optimizer.generator.get_state()
         normalised = bool(group.statistics) or group.inexact_normalizers > 0
-        repeat = self.rebalance == "move" and self.balance is None and normalised
+        repeat = self.moves and self.balance is None and normalised
         try:
             found, t = self._move(model, batch, group, before)
             for _ in range(_FIRST_ROUNDS - 1 if repeat else 0):
@@ -140,7 +146,7 @@ class Representative(Part):
         self.due, self.balance = self.every, found
         scales = group.log_scale(t)
         self.log_scale = {n: float(a.mean()) if isinstance(a, Tensor) else a for n, a in scales.items()}
-        if self.rebalance == "move":
+        if self.moves:
             reshard(model)
             self.optimizer.moved.append((group, t))
             self.announce(group, t)
@@ -149,29 +155,34 @@ class Representative(Part):
     def _move(
         self, model: nn.Module, batch: Batch, group: Group, before: Snapshot
     ) -> tuple[Balance | NeuronBalance, Tensor]:
-        """Measure, solve, and with ``"move"`` rescale."""
+        """Measure, solve, and rescale unless it is the metric alone that is wanted."""
         optimizer, ranks = self.optimizer, self.optimizer.ranks
         found = self._balanced(model, batch, group)
-        if self.rebalance != "move":
+        if not self.moves:
             return found, found.t
         device = optimizer.device
-        t = ranks.of_first(group.bound(model, found.t, lambda limits: ranks.largest(limits, device)), device)
-        bounded = not torch.equal(t, found.t)
+        wanted = found.t
+        if self.rebalance == "rows":
+            assert isinstance(group, ScaleGroup)
+            with gathered(model):
+                wanted = row_balance(model, group)
+        t = ranks.of_first(group.bound(model, wanted, lambda limits: ranks.largest(limits, device)), device)
+        bounded = not torch.equal(t, wanted)
         scales: dict[str, LogScales]
         if isinstance(group, NeuronGroup):
             assert isinstance(found, NeuronBalance)
-            found = found.at(group, t) if bounded else found
+            found = (found.at(group, t) if bounded else found).moved()
             scales = {name: list(parts) for name, parts in group.terms(t).items()}
         else:
             assert isinstance(found, Balance)
-            found = found.at(t) if bounded else found
+            found = found.moved(t) if self.rebalance == "rows" else (found.at(t) if bounded else found).moved()
             scales = dict(group.log_scale(t))
         group.rescale_(model, t, optimizer.base)
         if before.keeps_weights:
             before.rescalings.append(scales)
             before.note_versions()
         optimizer.rescale_kept(scales)
-        return found.moved(), t
+        return found, t
 
     def _balanced(self, model: nn.Module, batch: Batch, group: Group) -> Balance | NeuronBalance:
         """The balance of a model as it is: of layers by their traces, of single hidden units by the diagonal."""

@@ -17,7 +17,9 @@ from ..errors import OptimizerError, UnsupportedError
 from ..symmetry import Group, NeuronGroup, ScaleGroup
 from ..symmetry.optimizer_state import STATE_EXPONENTS
 
-Rebalance = Literal["move", "metric"] | None
+Rebalance = Literal["move", "rows", "metric"] | None
+#: Those that rescale the weights.
+MOVING = ("move", "rows")
 Buffers = Literal["first", "last"]
 MicroBatch = Literal["global", "local"] | int
 
@@ -160,7 +162,7 @@ def require_known_base(base: Optimizer, rebalance: Rebalance) -> None:
         rebalance: As in :class:`SharpnessAware`.
 
     Raises:
-        UnsupportedError: If it calls the closure itself, or ``"move"`` cannot rescale its state.
+        UnsupportedError: If it calls the closure itself, or ``"move"`` or ``"rows"`` cannot rescale its state.
     """
     closure = inspect.signature(base.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
@@ -168,10 +170,10 @@ def require_known_base(base: Optimizer, rebalance: Rebalance) -> None:
             f"{type(base).__name__} evaluates the closure itself, so it cannot descend along a gradient that was taken "
             "elsewhere; use torch.optim.SGD or another first-order optimizer"
         )
-    if rebalance == "move" and type(base) not in STATE_EXPONENTS:
+    if rebalance in MOVING and type(base) not in STATE_EXPONENTS:
         supported = ", ".join(kind.__name__ for kind in STATE_EXPONENTS)
         raise UnsupportedError(
-            f"rebalance='move' rescales the base optimizer's state, and it is not known how that of "
+            f"rebalance={rebalance!r} rescales the base optimizer's state, and it is not known how that of "
             f"{type(base).__name__} moves with a parameter's scale; use {supported}, or rebalance='metric'"
         )
 
@@ -186,7 +188,7 @@ def require_granularity(granularity: str, rebalance: Rebalance, gauge: float, gr
         group: The group, if one was given.
 
     Raises:
-        UnsupportedError: If ``"metric"`` is asked for.
+        UnsupportedError: If ``"metric"`` or ``"rows"`` is asked for.
         ValueError: If the granularity is unknown, or the gauge or the group is one of layers only.
     """
     if granularity not in ("layer", "neuron"):
@@ -197,10 +199,10 @@ def require_granularity(granularity: str, rebalance: Rebalance, gauge: float, gr
             f"granularity={granularity!r} takes a {kind.__name__}, and the group is a {type(group).__name__}; pass "
             f"what {'scale_symmetries' if granularity == 'layer' else 'neuron_symmetries'} returns"
         )
-    if granularity == "neuron" and rebalance == "metric":
+    if granularity == "neuron" and rebalance in ("metric", "rows"):
         raise UnsupportedError(
-            "rebalance='metric' at granularity='neuron' would need a number for every weight in every perturbation, "
-            "which is not supported; use rebalance='move', which rescales the units themselves"
+            f"rebalance={rebalance!r} at granularity='neuron' would need a number for every weight in every "
+            "perturbation, which is not supported; use rebalance='move', which rescales the units themselves"
         )
     if granularity == "neuron" and gauge not in (0.0, 1.0):
         raise ValueError(f"gauge must be 0 or 1 at granularity='neuron', got {gauge}; 0 balances traces, 1 norms")
@@ -248,7 +250,7 @@ def require_range(
 
     Args:
         settings: ρ, λ: finite and ≥ 0.
-        rebalance: One of its three words.
+        rebalance: One of its words.
         refresh_every: ≥ 1.
         columns: ≥ 0 or ``None``.
         gauge: In [0, 1].
@@ -260,8 +262,8 @@ def require_range(
     """
     for key, value in settings.items():
         require_nonnegative(key, value)
-    if rebalance not in ("move", "metric", None):
-        raise ValueError(f"rebalance must be 'move', 'metric' or None, got {rebalance!r}")
+    if rebalance not in (*MOVING, "metric", None):
+        raise ValueError(f"rebalance must be 'move', 'rows', 'metric' or None, got {rebalance!r}")
     if refresh_every < 1:
         raise ValueError(f"refresh_every must be >= 1 step, got {refresh_every}; rebalance=None switches refreshes off")
     if buffers not in ("first", "last"):

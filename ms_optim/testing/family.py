@@ -64,10 +64,10 @@ def subject(kind: Callable[..., Any], name: str | None = None, **options: Any) -
         sgd_options={"momentum": 0.9} if along_momentum else {},
         passes=1 if along_momentum or gradient in ("trace", "noise") else 2,
         ascent=None if regularised else 0 if along_momentum else 1,
-        norm=None if regularised else _norm(kind, options, rebalance),
+        norm=None if regularised else _norm(kind, options),
         rho_key=key,
         last_gradient=gradient in (None, "noise"),
-        settles=int(along_momentum or rebalance == "move"),
+        settles=int(along_momentum or rebalance in ("move", "rows")),
         scaled_step=by_passes,
         excluded={"no_gradients_change_nothing": PENALTY} if gradient == "trace" else {},
     )
@@ -104,13 +104,14 @@ def known_group(model: nn.Module) -> ScaleGroup:
     return _GROUPS[key]
 
 
-def _norm(kind: Callable[..., Any], options: dict[str, Any], rebalance: str | None) -> Norm:
+def _norm(kind: Callable[..., Any], options: dict[str, Any]) -> Norm:
     """The norm in which the perturbation has length ρ."""
     operator = options.get("operator", "official") if kind is ASAM else None
     eta = options.get("eta", 0.01)
 
     def metric_norm(optimizer: Any, weights: Tensors, perturbation: Tensors) -> float:
-        known = optimizer.balance.weights if rebalance == "metric" and optimizer.balance is not None else {}
+        # 1 where the weights have moved to the representative; single units have none that is not 1.
+        known: dict[str, float] = getattr(optimizer.balance, "weights", {})
         total = 0.0
         for name, e in perturbation.items():
             radius = _radius(operator, name, weights[name], math.sqrt(known.get(name, 1.0)), eta)
@@ -135,6 +136,7 @@ FAMILY = (
     subject(ASAM, "ASAM (official)", rho=0.5),
     subject(ASAM, "ASAM (elementwise)", rho=0.5, operator="elementwise"),
     subject(MSSAM, "MSSAM (move)"),
+    subject(MSSAM, "MSSAM (rows)", rebalance="rows"),
     subject(MSSAM, "MSSAM (metric)", rebalance="metric"),
     subject(MSRegularizedSGD, "MSReg (trace)"),
     subject(MSRegularizedSGD, "MSReg (noise)", gradient="noise"),

@@ -10,7 +10,7 @@ from balancing.groups import KINDS, declare, declared, element, gauges, numbers,
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ms_optim.balancing import Balance, balance
+from ms_optim.balancing import Balance, balance, row_balance
 from ms_optim.errors import BalanceError
 
 # The kinds whose scale-free classes can all be pinned exactly, whatever the other classes do.
@@ -80,6 +80,45 @@ def test_a_balanced_network_is_a_fixed_point(network, seed, gauge):
     assert again.t.abs().max() < 1e-12
     torch.testing.assert_close(numbers(again, "weights"), torch.ones(count), rtol=0, atol=1e-11)
     assert again.trace == pytest.approx(again.minimum_sharpness, rel=1e-12)
+
+
+@given(declared(), seeds)
+def test_equal_rows_are_one_representative_of_all_equivalent_networks(network, seed):
+    n, t0 = positive(seed, len(network.shapes), 2.0), element(seed + 1, network)
+    a0 = t0 @ network.generators
+    here = row_balance(network.model(n), network.group) @ network.generators
+    there = row_balance(network.model(n * torch.exp(2 * a0)), network.group) @ network.generators
+    torch.testing.assert_close(there + a0, here, rtol=0, atol=1e-9 * (1 + a0.abs().max()))
+
+
+@given(declared(INDEPENDENT), seeds)
+def test_equal_rows_minimise_the_sum_of_mean_squares_of_rows(network, seed):
+    n, free = positive(seed, len(network.shapes), 2.0), torch.tensor(network.free)
+    _, classes = torch.unique(network.generators, dim=1, return_inverse=True)
+    rows = torch.zeros(int(classes.max()) + 1).index_add(0, classes, torch.tensor(network.rows).double())[classes]
+    a = row_balance(network.model(n), network.group) @ network.generators
+
+    def objective(scales):
+        return float((n / rows * torch.exp(2 * scales))[~free].sum())
+
+    for trial in range(20):
+        other = a + element(seed + trial, network, 10.0 ** -(trial % 4)) @ network.generators
+        assert objective(other) >= objective(a) * (1 - 1e-12)
+    for g in set(classes[free].tolist()):  # unit rows on average, as with every gauge
+        assert float((n / rows * torch.exp(2 * a))[classes == g].sum()) == pytest.approx(1.0, rel=1e-10)
+
+
+@given(declared(), seeds, gauges)
+def test_a_balance_seen_from_elsewhere_is_the_balance_there(network, seed, gauge):
+    count = len(network.shapes)
+    c, n, t = positive(seed, count, 2.0), positive(seed + 1, count, 2.0), element(seed + 2, network)
+    a = t @ network.generators
+    seen = solve(network, c, n, gauge).moved(t)
+    there = solve(network, c * torch.exp(-2 * a), n * torch.exp(2 * a), gauge)
+    for which in ("weights", "trace_weights", "pulls"):
+        torch.testing.assert_close(numbers(seen, which), numbers(there, which), rtol=1e-8, atol=0)
+    assert seen.trace == pytest.approx(there.trace, rel=1e-12)
+    assert seen.minimum_sharpness == pytest.approx(there.minimum_sharpness, rel=1e-9)
 
 
 @given(declared(INDEPENDENT), seeds)

@@ -48,7 +48,7 @@ def test_a_state_dict_of_another_model_or_optimizer_is_refused_and_changes_nothi
         ({"gauge": 1.5}, ValueError, r"gauge must lie in \[0, 1\], got 1.5"),
         ({"refresh_every": 0}, ValueError, "refresh_every must be >= 1"),
         ({"columns": -1}, ValueError, "columns must be >= 0 or None, got -1"),
-        ({"rebalance": "yes"}, ValueError, "rebalance must be 'move', 'metric' or None, got 'yes'"),
+        ({"rebalance": "yes"}, ValueError, "rebalance must be 'move', 'rows', 'metric' or None, got 'yes'"),
         ({"buffers": "second"}, ValueError, "buffers must be 'first' or 'last'.*'second'"),
         ({"m": 0}, ValueError, "m must be 'global', 'local' or a number of samples >= 1, got 0"),
         ({"m": "rank"}, ValueError, "m must be .* got 'rank'"),

@@ -1,7 +1,7 @@
 """The law this package exists for: training does not depend on how the network happens to be scaled.
 
-With ``rebalance="move"`` the trajectory in function space is the same from every equivalent start.  SAM's is not, which
-shows that the test can fail.
+With ``rebalance="move"`` and ``"rows"`` the trajectory in function space is the same from every equivalent start.
+SAM's is not, which shows that the test can fail.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def divergence(build, model, batches, std, seed=0) -> float:
     return worst
 
 
-moving = [case for case in EVERY if "move" in case.name]
+moving = [case for case in EVERY if "move" in case.name or "rows" in case.name]
 
 
 @pytest.mark.parametrize("case", moving, ids=str)
@@ -76,8 +76,27 @@ def test_the_law_holds_on_random_networks(widths, bias, std, seed, trace):
     assert divergence(build, model, samples(model, 5, seed), std, seed) < 1e-6
 
 
+def test_from_the_rows_the_same_network_is_perturbed_as_from_the_representative_itself():
+    """ε is drawn in one ball, that of the representative, wherever the weights stand."""
+    model, losses = mlp(), []
+    (x, y), _ = samples(model, 2)
+    for rebalance in ("move", "rows"):
+        net = copy.deepcopy(model)
+        optimizer = ms_optim.MSSAM(net, rho=0.1, lr=0.05, rebalance=rebalance, columns=None)
+        for gradient_pass in optimizer.passes():
+            with gradient_pass:
+                loss = nn.functional.cross_entropy(net(x), y)
+                loss.backward()
+            losses.append(float(loss.detach()))
+        optimizer.step()
+    clean, perturbed, same_clean, same_perturbed = losses
+    assert same_clean == pytest.approx(clean, rel=1e-12)
+    assert same_perturbed == pytest.approx(perturbed, rel=1e-10) and perturbed > clean
+
+
+@pytest.mark.parametrize("rebalance", ["move", "rows"])
 @pytest.mark.parametrize("columns", [None, 2])
-def test_with_batch_norm_the_law_holds_too(columns):
+def test_with_batch_norm_the_law_holds_too(columns, rebalance):
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(),
@@ -88,7 +107,8 @@ def test_with_batch_norm_the_law_holds_too(columns):
     batches = list(zip(inputs, torch.randint(0, 4, (6, 8), generator=stream), strict=True))
 
     def build(net):
-        return ms_optim.MSSAM(net, rho=0.05, lr=0.05, momentum=0.9, refresh_every=3, columns=columns)
+        own = {"rho": 0.05, "refresh_every": 3, "columns": columns, "rebalance": rebalance}
+        return ms_optim.MSSAM(net, **own, lr=0.05, momentum=0.9)
 
     # In training mode BatchNorm's ε makes the two starts differ by more than this; the first refresh heals it.
     assert divergence(build, model, batches, std=1.0) < 1e-8
