@@ -1,10 +1,11 @@
 r"""What MSSAM leads by, or not: the representative, the metric, and how the descent there is tuned.  Development rows.
 
-MSSAM climbs and descends at one canonical representative of the equivalent networks.  Which one is a choice (κ: 0 the
-smallest trace, ½ the smallest product of trace and squared norm, 1 the smallest norm), as are the granularity (layers,
-single hidden units), what is moved (the weights, or the metric alone), the metric there (the identity, or ASAM's
-|W|), how often the representative is found anew, and when the perturbation begins.  Every variant has the same search:
-five radii and three learning rates, two seeds, chosen by accuracy on held-out images with noisy labels; what was chosen
+MSSAM climbs and descends at canonical representatives of the equivalent networks.  Which ones is a choice: of the
+climb's ball κ (0 the smallest trace, ½ the smallest product of trace and squared norm, 1 the smallest norm); of the
+descent whether it is from there ("move"), from rows of one size ("rows"), or from wherever the weights are ("metric").
+So are the granularity (layers, single hidden units), a further factor in the metric (ASAM's |W| or ‖W‖), how often the
+representatives are found anew, and when the perturbation begins.  Every variant has the same search: four values of its
+own scalar and three learning rates, two seeds, chosen by accuracy on held-out images with noisy labels; what was chosen
 is trained from fresh seeds.  SAM and ASAM are searched in the same way.
 
 This is an exploration: it may be looked at as often as one likes, what is best here is best by choice, and the
@@ -16,6 +17,7 @@ package's defaults are judged on other rows (:mod:`benchmarks.equal_budget`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from ms_optim import sweep
@@ -27,59 +29,67 @@ from .harness import Run
 from .rows import Row, compared
 
 FUNCTION = "benchmarks.training:trained"
-RATES = (0.02, 0.05, 0.1)
+RATES = (0.01, 0.02, 0.05)
 WEIGHT_DECAY = 5e-4
 SEEDS, FRESH = (1_000, 1_001), range(6)
 REFERENCE = "SAM"
 
-_RADII = (0.03, 0.06, 0.12, 0.24, 0.48)
-#: Contender → optimizer, its options, its radii.
-VARIANTS: dict[str, tuple[str, Mapping[str, Any], tuple[float, ...]]] = {
-    "SGD": ("SGD", {}, ()),
-    REFERENCE: ("SAM", {}, _RADII),
-    "ASAM, official": ("ASAM", {"operator": "official"}, (0.25, 0.5, 1.0, 2.0, 4.0)),
-    "ASAM, elementwise": ("ASAM", {"operator": "elementwise"}, (0.25, 0.5, 1.0, 2.0, 4.0)),
-    "ASAM, layer": ("ASAM", {"operator": "layer"}, (0.01, 0.02, 0.04, 0.08, 0.16)),
-    **{f"MSSAM, κ = {kappa:g}": ("MSSAM", {"gauge": kappa}, _RADII) for kappa in (0.0, 0.25, 0.5, 0.75, 1.0)},
-    "MSSAM, metric": ("MSSAM", {"rebalance": "metric"}, _RADII),
-    "MSSAM, metric, κ = 1": ("MSSAM", {"rebalance": "metric", "gauge": 1.0}, _RADII),
-    "MSSAM, neurons": ("MSSAM", {"granularity": "neuron"}, _RADII),
-    "MSSAM, neurons, κ = 1": ("MSSAM", {"granularity": "neuron", "gauge": 1.0}, _RADII),
-    "MSSAM, refresh every 10 steps": ("MSSAM", {"refresh_every": 10}, _RADII),
-    "MSSAM, refresh once": ("MSSAM", {"refresh_every": 10**9}, _RADII),
-    "MSSAM, κ = 1, refresh once": ("MSSAM", {"gauge": 1.0, "refresh_every": 10**9}, _RADII),
-    "MSSAM, exact traces": ("MSSAM", {"columns": None}, _RADII),
-    "MSSAM, from step 100 on": ("MSSAM", {"start": 100}, _RADII),
-    "MSSAM, κ = 1, from step 100 on": ("MSSAM", {"gauge": 1.0, "start": 100}, _RADII),
-    "|W| (elementwise ASAM) at κ = 0": ("ASAM", {"operator": "elementwise", "rebalance": "move"}, (0.25, 0.5, 1, 2, 4)),
-    "|W| (elementwise ASAM) at κ = 1": (
-        "ASAM",
-        {"operator": "elementwise", "rebalance": "move", "gauge": 1.0},
-        (0.25, 0.5, 1, 2, 4),
+
+@dataclass(frozen=True)
+class Variant:
+    """What is trained.
+
+    Attributes:
+        optimizer: Its name.
+        values: Of its scalar, rising.
+        options: Its other arguments.
+        scalar: The argument that is searched beside the learning rate.
+    """
+
+    optimizer: str
+    values: tuple[float, ...] = (0.04, 0.06, 0.09, 0.13)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    scalar: str = "rho"
+
+
+_ELEMENTS, _LAYERS, _STRENGTHS = (0.5, 1.0, 2.0, 4.0), (0.003, 0.005, 0.007, 0.01), (1e-4, 3e-4, 1e-3, 3e-3)
+VARIANTS: dict[str, Variant] = {
+    REFERENCE: Variant("SAM"),
+    "SGD": Variant("SGD", (0.0, 0.8, 0.9, 0.95), scalar="momentum"),
+    "ASAM, layer": Variant("ASAM", _LAYERS, {"operator": "layer"}),
+    "MSSAM, move, κ = 0": Variant("MSSAM"),
+    "MSSAM, rows, κ = 0": Variant("MSSAM", options={"rebalance": "rows"}),
+    "MSSAM, rows, κ = 1": Variant("MSSAM", options={"rebalance": "rows", "gauge": 1.0}),
+    "MSSAM, rows, κ = ½": Variant("MSSAM", options={"rebalance": "rows", "gauge": 0.5}),
+    "MSSAM, move, κ = 1": Variant("MSSAM", options={"gauge": 1.0}),
+    "MSSAM, move, κ = ½": Variant("MSSAM", options={"gauge": 0.5}),
+    "ASAM, layer, at rows": Variant("ASAM", _LAYERS, {"operator": "layer", "rebalance": "rows"}),
+    "ASAM, elementwise": Variant("ASAM", _ELEMENTS, {"operator": "elementwise"}),
+    "ASAM, official": Variant("ASAM", _ELEMENTS, {"operator": "official"}),
+    "ASAM, elementwise, at rows": Variant("ASAM", _ELEMENTS, {"operator": "elementwise", "rebalance": "rows"}),
+    "MSSAM, metric, κ = 0": Variant("MSSAM", options={"rebalance": "metric"}),
+    "MSSAM, move, neurons": Variant("MSSAM", options={"granularity": "neuron"}),
+    "MSSAM, rows, κ = 1, every 10 steps": Variant(
+        "MSSAM", options={"rebalance": "rows", "gauge": 1.0, "refresh_every": 10}
     ),
-    "‖W‖ (layer ASAM) at κ = 0": ("ASAM", {"operator": "layer", "rebalance": "move"}, (0.01, 0.02, 0.04, 0.08, 0.16)),
-    "‖W‖ (layer ASAM) at κ = 1": (
-        "ASAM",
-        {"operator": "layer", "rebalance": "move", "gauge": 1.0},
-        (0.01, 0.02, 0.04, 0.08, 0.16),
-    ),
+    "MSSAM, rows, κ = 1, once": Variant("MSSAM", options={"rebalance": "rows", "gauge": 1.0, "refresh_every": 10**9}),
+    "MSSAM, rows, κ = 1, from step 100 on": Variant("MSSAM", options={"rebalance": "rows", "gauge": 1.0, "start": 100}),
+    "MSRegularizedSGD, move": Variant("MSRegularizedSGD", _STRENGTHS, scalar="strength"),
+    "MSRegularizedSGD, rows": Variant("MSRegularizedSGD", _STRENGTHS, {"rebalance": "rows"}, scalar="strength"),
 }
 #: Those that are searched on the second row as well, where a training takes longer.
-ON_LENET = (
-    *("SGD", REFERENCE, "ASAM, elementwise", "ASAM, layer", "MSSAM, κ = 0", "MSSAM, κ = 0.5", "MSSAM, κ = 1"),
-    "‖W‖ (layer ASAM) at κ = 1",
-)
+ON_LENET = (REFERENCE, "SGD", "ASAM, layer", "MSSAM, move, κ = 0", "MSSAM, rows, κ = 0", "MSSAM, rows, κ = 1")
 ROWS = {"MNIST 2,000, 20 % noise, MLP": tuple(VARIANTS), "MNIST 2,000, 20 % noise, LeNet": ON_LENET}
 
 
-def trial(row: str, contender: str, lr: float, radius: float | None, seed: int, scale: str, stage: str) -> Trial:
+def trial(row: str, contender: str, lr: float, value: float, seed: int, scale: str, stage: str) -> Trial:
     """One training.
 
     Args:
         row: The problem.
         contender: Of :data:`VARIANTS`.
         lr: The learning rate.
-        radius: ρ; ``None`` for SGD.
+        value: Of the variant's scalar.
         seed: The seed.
         scale: The scale.
         stage: What for.
@@ -87,12 +97,18 @@ def trial(row: str, contender: str, lr: float, radius: float | None, seed: int, 
     Returns:
         The trial.
     """
-    optimizer, options, _ = VARIANTS[contender]
-    radii = {} if radius is None else {"rho": radius}
-    settings = {"problem": row, "scale": scale, "optimizer": optimizer, "options": {**options, **radii}}
+    variant = VARIANTS[contender]
+    settings: dict[str, Any] = {"problem": row, "scale": scale, "optimizer": variant.optimizer}
+    settings |= {"options": {**variant.options, variant.scalar: value}}
     # The rows are for development: test images may be looked at, and say more than as few held-out ones.
     settings |= {"lr": lr, "weight_decay": WEIGHT_DECAY, "seed": seed, "test": True}
     return Trial(settings, contender, row, stage)
+
+
+def scalar(settings: Mapping[str, Any], contender: str) -> float:
+    """The value of a variant's own scalar in settings."""
+    value: float = settings["options"][VARIANTS[contender].scalar]
+    return value
 
 
 def plan(run: trials.Trainings) -> None:
@@ -103,18 +119,18 @@ def plan(run: trials.Trainings) -> None:
     """
     full = run.scale != "smoke"
     for row, contenders in ROWS.items():
-        for contender in contenders if full else (*list(contenders)[:2], contenders[-1]):
-            radii = VARIANTS[contender][2] or (None,)
+        for contender in contenders if full else (*contenders[:2], contenders[-1]):
+            values = VARIANTS[contender].values
             wanted = [
-                trial(row, contender, lr, radius, seed, run.scale, "tuning")
-                for lr in (RATES if full else RATES[:1])
-                for radius in (radii if full else radii[:2])
+                trial(row, contender, lr, value, seed, run.scale, "tuning")
+                for lr in (RATES if full else RATES[-1:])
+                for value in (values if full else values[:2])
                 for seed in (SEEDS if full else SEEDS[:1])
             ]
             (choice,) = sweep.choose(run(wanted), "held_out")
             chosen = choice.setting.settings
-            radius = chosen["options"].get("rho")
-            fresh = [trial(row, contender, chosen["lr"], radius, s, run.scale, "fresh") for s in FRESH]
+            best = scalar(chosen, contender)
+            fresh = [trial(row, contender, chosen["lr"], best, seed, run.scale, "fresh") for seed in FRESH]
             run(fresh if full else fresh[:2])
 
 
@@ -132,7 +148,7 @@ def body(runs: Sequence[Run]) -> list[str]:
         "Test accuracy in per cent, mean ± standard error over fresh seeds; difference to SAM, seed by seed, with its "
         "95 % interval. Nothing is corrected for the number of variants: what is best here is a candidate.",
         "",
-        "| row | variant | lr | ρ | test accuracy | difference to SAM | n |",
+        "| row | variant | lr | ρ, λ or momentum | test accuracy | difference to SAM | n |",
         f"|{' --- |' * 7}",
     ]
     choices = {(c.setting.problem, c.setting.method): c for c in sweep.choose(results, "held_out")}
@@ -144,9 +160,8 @@ def body(runs: Sequence[Run]) -> list[str]:
         apart = Difference.of([mine[seed] - reference[seed] for seed in mine if seed in reference])
         text = "" if contender == REFERENCE else f"{apart.mean:+.2f} [{apart.low:+.2f}, {apart.high:+.2f}]"
         setting = choice.setting.settings
-        radius = setting["options"].get("rho")
-        cells = [row, contender, _marked(setting["lr"], RATES)]
-        cells += ["" if radius is None else _marked(radius, VARIANTS[contender][2])]
+        own = _marked(scalar(setting, contender), VARIANTS[contender].values)
+        cells = [row, contender, _marked(setting["lr"], RATES), own]
         lines.append(f"| {' | '.join([*cells, f'{mean:.2f} ± {error:.2f}', text, str(len(mine))])} |")
     return lines
 
@@ -189,7 +204,7 @@ def summary(runs: Sequence[Run]) -> list[Row]:
             if mine and contender != REFERENCE:
                 ours, word = compared([value - base[seed] for seed, value in mine.items() if seed in base])
                 claim = f"{row} (development): {contender} against SAM"
-                made.append(Row(claim, f"{ours} points", word, detail=not contender.startswith("MSSAM, κ")))
+                made.append(Row(claim, f"{ours} points", word, detail=not contender.startswith("MSSAM, rows, κ")))
     return made
 
 
@@ -203,14 +218,14 @@ def details(runs: Sequence[Run]) -> list[str]:
         Lines of Markdown.
     """
     results = [trials.result_of(run) for run in runs if run["stage"] == "tuning"]
-    lines = ["The search: lr/ρ: held-out (test) accuracy, per cent, means of the seeds; × where one diverged.", ""]
+    lines = ["The search: lr/scalar: held-out (test) accuracy, per cent, means of the seeds; × where one diverged.", ""]
     lines += ["| row | variant | settings |", "| --- | --- | --- |"]
     cells: dict[tuple[str, str], list[str]] = {}
     for setting in sweep.settings_of(results):
         held, test = (100 * setting.mean(metric)[0] for metric in ("held_out", "test"))
         lost = "×" if setting.count("finished") < len(setting.results) else f"{held:.1f} ({test:.1f})"
-        radius = setting.settings["options"].get("rho", "–")
-        cells.setdefault((setting.problem, setting.method), []).append(f"{setting.settings['lr']:g}/{radius}: {lost}")
+        text = f"{setting.settings['lr']:g}/{scalar(setting.settings, setting.method):g}: {lost}"
+        cells.setdefault((setting.problem, setting.method), []).append(text)
     return lines + [f"| {row} | {contender} | {'; '.join(found)} |" for (row, contender), found in cells.items()]
 
 

@@ -261,6 +261,5 @@ def test_cost_is_relative_to_sgd_and_counts_gradients():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:MSSAM was dropped", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_every_variant_of_the_gauge_trains():
-    for name, (_, _, radii) in gauge.VARIANTS.items():
-        radius = radii[1] if radii else None
-        assert "test" in training.trained(gauge.trial(ROW, name, 0.05, radius, 0, "smoke", "fresh").settings)
+    for name, variant in gauge.VARIANTS.items():
+        assert "test" in training.trained(gauge.trial(ROW, name, 0.05, variant.values[1], 0, "smoke", "fresh").settings)
