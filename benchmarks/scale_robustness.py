@@ -19,8 +19,8 @@ size.
 With BatchNorm the weights before a normaliser grow, and the function in training mode is unchanged up to ε over the
 variance; the table says how far, and sizes where it changes by more than 10⁻³ are marked, and do not count.
 
-Goal: MSSAM and MSRegularizedSGD ("move"; with hidden units, granularity "neuron") are flat in networks without
-BatchNorm.  These are development rows: test images may be looked at.
+Goal: MSSAM and MSRegularizedSGD ("move" and "rows"; with hidden units, granularity "neuron") are flat in networks
+without BatchNorm.  These are development rows: test images may be looked at.
 
     MS_OPTIM_DATA=... python -m benchmarks.scale_robustness     about an hour of one core
 """
@@ -43,6 +43,7 @@ from .equivalent import DOUBLE, ROUNDING, compared, trajectory
 from .flatness import DISTANCES, END, Curve, curve_of, verdict
 from .harness import Run
 from .problems import PROBLEMS, Problem, drawn, small_resnet, tiny
+from .rows import Row as Line
 from .training import accuracy, begun
 
 FUNCTION = "benchmarks.scale_robustness:trained"
@@ -84,10 +85,12 @@ CONTENDERS = {
     "SAM": Contender("SAM"),
     "ASAM, official": Contender("ASAM", {"operator": "official"}, radii=_ADAPTIVE),
     "ASAM, elementwise": Contender("ASAM", {"operator": "elementwise"}, radii=_ADAPTIVE),
-    "ASAM, layer": Contender("ASAM", {"operator": "layer"}, radii=(0.01, 0.02, 0.04)),
+    "ASAM, layer": Contender("ASAM", {"operator": "layer"}, radii=(0.005, 0.01, 0.02)),
     "MSSAM": Contender("MSSAM", promised=(LAYERS,)),
+    "MSSAM, rows": Contender("MSSAM", {"rebalance": "rows"}, acted=(LAYERS,), promised=(LAYERS,)),
     "MSSAM, metric": Contender("MSSAM", {"rebalance": "metric"}, acted=(LAYERS,)),
     "MSRegularizedSGD": Contender(_REGULARIZED, {}, "strength", _TRACE, (LAYERS,), (LAYERS,)),
+    "MSRegularizedSGD, rows": Contender(_REGULARIZED, {"rebalance": "rows"}, "strength", _TRACE, (LAYERS,), (LAYERS,)),
     "MSRegularizedSGD, noise": Contender(_REGULARIZED, {"gradient": "noise"}, "strength", _NOISE, (LAYERS,), (LAYERS,)),
     "MSSAM, neurons": Contender("MSSAM", _FINE, acted=(UNITS,), promised=(UNITS,)),
     "MSRegularizedSGD, neurons": Contender(_REGULARIZED, _FINE, "strength", _TRACE, (UNITS,), (UNITS,)),
@@ -121,7 +124,7 @@ class Row:
 _ALL = (1.0, 2.0, 3.0, 4.0)
 ROWS = {
     MLP: Row({LAYERS: _ALL, UNITS: _ALL}, epochs=0.4, double=True),
-    LENET: Row({LAYERS: (2.0, 4.0)}, epochs=1 / 3, seeds=2, rates=(0.02, 0.05)),
+    LENET: Row({LAYERS: (2.0, 4.0)}, epochs=1 / 3, seeds=3, rates=(0.02, 0.05)),
     RESNET: Row({LAYERS: (2.0, 4.0)}, rates=(0.05, 0.1), normalised=True),
 }
 PANELS = tuple((row, granularity) for row, what in ROWS.items() for granularity in what.sizes)
@@ -298,6 +301,31 @@ def _distance(curve: Curve, start: float | str) -> str:
     """A cell: at the end, and on average over the epochs."""
     end, mean = (curve.mean(start, quantity) for quantity in DISTANCES)
     return f"{end:.1e} ({mean:.1e})"
+
+
+def summary(runs: Sequence[Run]) -> list[Line]:
+    """Who is flat, and what the others lose from the largest size.
+
+    Args:
+        runs: All lines of one run.
+
+    Returns:
+        A row of the report for each contender and what is rescaled; those that promise nothing are details.
+    """
+    results = [trials.result_of(run) for run in runs]
+    made = []
+    for row, granularity in PANELS:
+        for name, curve in curves_of(results, row, granularity).items():
+            largest = max(curve.counted, default=0.0)
+            apart = curve.difference(largest)
+            usual, there = (curve.accuracy(start)[0] for start in (0.0, largest))
+            claim = f"{row}: {name} is flat over {largest:g} decades of {ACTED[granularity]}"
+            ours = f"{usual:.2f} → {there:.2f}: {apart.mean:+.2f} ± {apart.error:.2f} points (n = {apart.n})"
+            promised = granularity in CONTENDERS[name].promised and not ROWS[row].normalised
+            word = verdict(curve)
+            negative = "**missed**: " if promised and word != "flat" else ""
+            made.append(Line(claim, ours, f"{negative}{word}"))
+    return made
 
 
 def details(runs: Sequence[Run]) -> list[str]:
