@@ -140,10 +140,21 @@ def optimizer_in(settings: Mapping[str, Any], model: nn.Module, problem: Problem
     Returns:
         The optimizer.
     """
-    # RSAM's authors begin with 5 of 200 epochs of plain SGD.
-    late = max(1, problem.epochs // 40) * math.ceil(len(data.train[0]) / problem.batch)
     names = ("optimizer", "lr", "weight_decay", "options")
-    return optimizer_of(model, *(settings[name] for name in names), late=late)
+    return optimizer_of(model, *(settings[name] for name in names), late=late_start(problem, data))
+
+
+def late_start(problem: Problem, data: Data) -> int:
+    """Steps of plain SGD before RSAM: its authors begin with 5 of 200 epochs.
+
+    Args:
+        problem: The row.
+        data: What is trained on.
+
+    Returns:
+        Their number, those of one epoch at least.
+    """
+    return max(1, problem.epochs // 40) * math.ceil(len(data.train[0]) / problem.batch)
 
 
 def read(settings: Mapping[str, Any]) -> tuple[Problem, Data]:

@@ -25,46 +25,38 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 import ms_optim
 from ms_optim import sweep
 from ms_optim.demo.report import mean_and_error
 from ms_optim.sweep import Difference, Result, Trial
 
-from . import networks
 from .harness import RESULTS, Run, environment, folder_name, record
+from .problems import Problem, drawn, tiny
 from .rows import NOTHING, Row, compared, found_difference
+from .training import accuracy, descend, late_start
 
 BASE: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
-BATCH, HELD_OUT = 128, 5_000
+BATCH = 128
 TUNING_SEED, FRESH_SEEDS = 1_000, 5
 _SETTINGS = ("problem", "optimizer", "setting", "seed", "full")
 Grid = tuple[dict[str, float], ...]
 
 
-@dataclass(frozen=True)
-class Problem:
-    """A setting of the paper's.
-
-    Attributes:
-        images: How many of MNIST's training images there are, the held-out ones not counted; ``None``: all others.
-        noise: The share of labels that is redrawn (a tenth of them stays right by chance).
-        epochs: How long is trained.
-    """
-
-    images: int | None
-    noise: float
-    epochs: int
+def shallow() -> nn.Module:
+    """The MLP 784-256-10."""
+    return ms_optim.models.MLP((784, 256, 10))
 
 
-PROBLEMS = {"20 % label noise": Problem(10_000, 0.2, 20), "a tenth of the data": Problem(6_000, 0.0, 30)}
+PROBLEMS = {
+    "20 % label noise": Problem("mnist", 10_000, 0.2, shallow, 20, BATCH),
+    "a tenth of the data": Problem("mnist", 6_000, 0.0, shallow, 30, BATCH),
+}
 
 
 def line(name: str, *values: float) -> Grid:
@@ -131,53 +123,6 @@ GRIDS: dict[str, tuple[Callable[..., torch.optim.Optimizer], Grid]] = {
 }
 
 
-@dataclass(frozen=True)
-class Data:
-    """Images ``[n, 1, 28, 28]`` and labels: to train on, held out, and the test set."""
-
-    train: tuple[Tensor, Tensor]
-    held_out: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
-
-
-def drawn(problem: Problem, seed: int, full: bool) -> Data:
-    """What a seed trains on.
-
-    Args:
-        problem: The setting.
-        seed: Draws images, noise and the held-out part.
-        full: MNIST; else random images, for a trial.
-
-    Returns:
-        The data.
-    """
-    (x, y), test = networks.mnist(full), networks.mnist(full, "t10k")
-    draw = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(x), generator=draw)
-    y = y.clone()
-    noisy = torch.rand(len(y), generator=draw) < problem.noise
-    y[noisy] = torch.randint(10, (int(noisy.sum()),), generator=draw)
-    split = min(HELD_OUT, len(x) // 4)
-    held, rest = order[:split], order[split:][: problem.images]
-    return Data((x[rest], y[rest]), (x[held], y[held]), test)
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """The share of images whose largest logit is their label's; 0 where logits are not finite.
-
-    Args:
-        model: The model.
-        x: Images.
-        y: Labels.
-
-    Returns:
-        The share.
-    """
-    logits = model.eval()(x)
-    return float((logits.argmax(1).eq(y) & logits.isfinite().all(1)).double().mean())
-
-
 def trained(settings: Mapping[str, Any]) -> dict[str, float]:
     """Train once: the function of the sweep.
 
@@ -189,30 +134,14 @@ def trained(settings: Mapping[str, Any]) -> dict[str, float]:
     """
     name, optimizer_name, setting, seed, full = (settings[key] for key in _SETTINGS)
     torch.set_num_threads(1)
-    problem = PROBLEMS[name]
-    data = drawn(problem, seed, full)
-    (x, y), pixels = data.train, data.train[0][0].numel()
+    problem = PROBLEMS[name] if full else tiny(PROBLEMS[name])
+    data = drawn(problem, seed)
     torch.manual_seed(seed)
-    model = ms_optim.models.MLP((pixels, 256 if full else 8, 10))
-    epochs = problem.epochs if full else 2
-    batches = math.ceil(len(x) / BATCH)
+    model = problem.build()
     # RSAM's authors begin with 5 of 200 epochs of plain SGD.
-    late = {"start": max(1, epochs // 40) * batches} if optimizer_name == "RSAM" else {}
+    late = {"start": late_start(problem, data)} if optimizer_name == "RSAM" else {}
     optimizer = GRIDS[optimizer_name][0](model, **setting, **late)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
-    shuffle = torch.Generator().manual_seed(seed)
-    model.train()
-    for _ in range(epochs):
-        for chosen in torch.randperm(len(x), generator=shuffle).split(BATCH):
-
-            def closure(chosen: Tensor = chosen) -> Tensor:
-                optimizer.zero_grad()
-                loss = F.cross_entropy(model(x[chosen]), y[chosen])
-                loss.backward()
-                return loss
-
-            optimizer.step(closure)  # type: ignore[arg-type]  # torch asks for a float, and documents a tensor
-            schedule.step()
+    descend(model, optimizer, data.train, problem.epochs, problem.batch, seed)
     found = {"train": data.train, "held_out": data.held_out}
     if seed != TUNING_SEED:
         found["test"] = data.test

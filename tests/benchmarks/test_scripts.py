@@ -173,16 +173,6 @@ def test_a_difference_to_sam_is_paired_by_seed_and_counts_beyond_two_standard_er
     assert universal_class.found_difference(-0.2, 0.06) == "worse"
 
 
-def test_noise_is_in_the_labels_to_train_and_to_choose_on_and_not_in_the_test_set():
-    noisy = universal_class.drawn(universal_class.Problem(10, 1.0, 1), seed=0, full=False)
-    clean = universal_class.drawn(universal_class.Problem(10, 0.0, 1), seed=0, full=False)
-    assert len(noisy.train[0]) == 10 and len(noisy.held_out[0]) == 16
-    for part in ("train", "held_out"):
-        (x, y), (same, other) = getattr(noisy, part), getattr(clean, part)
-        assert torch.equal(x, same) and not torch.equal(y, other)
-    assert torch.equal(noisy.test[1], clean.test[1])
-
-
 def test_the_floor_forms_no_gradient_of_a_weight_and_ours_are_the_reference_traces():
     torch.set_default_dtype(torch.float32)
     model, x, y = networks.problem("small_cnn", full=False)
