@@ -54,19 +54,19 @@ class Problem:
 def small_vgg() -> nn.Sequential:
     """A network of stacked 3×3 convolutions without normalisation, after arXiv 1409.1556, for 16×16 images."""
     return nn.Sequential(
-        *(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(64, 128, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Flatten(), nn.Linear(128 * 2 * 2, 128), nn.ReLU(), nn.Linear(128, 10)),
+        *(nn.Conv2d(3, 24, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(24, 48, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(48, 96, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Linear(96 * 2 * 2, 96), nn.ReLU(), nn.Linear(96, 10)),
     )
 
 
 def small_resmlp() -> nn.Module:
-    """ResMLP of arXiv 2105.03404 for 16×16 images: patches of 4×4, embedding 96, depth 4."""
+    """ResMLP of arXiv 2105.03404 for 16×16 images: patches of 4×4, embedding 64, depth 3."""
     from timm.models.mlp_mixer import Affine, MlpMixer, ResBlock
 
     model: nn.Module = MlpMixer(
-        10, img_size=16, patch_size=4, num_blocks=4, embed_dim=96, mlp_ratio=4, block_layer=ResBlock, norm_layer=Affine
+        10, img_size=16, patch_size=4, num_blocks=3, embed_dim=64, mlp_ratio=4, block_layer=ResBlock, norm_layer=Affine
     )
     return model
 
@@ -85,9 +85,9 @@ PROBLEMS: dict[str, Problem] = {
     "MNIST 2,000, 20 % noise, MLP": Problem("mnist", 2_000, 0.2, models.mlp, 30),
     "MNIST 2,000, 20 % noise, LeNet": Problem("mnist", 2_000, 0.2, models.lenet, 12),
     "MNIST 10,000, 60 % noise, MLP": Problem("mnist", 10_000, 0.6, models.mlp, 12, 128, judging=True),
-    "CIFAR-10 2,000, BatchNorm ResNet": Problem("cifar10", 2_000, 0.0, small_resnet, 25, judging=True),
-    "CIFAR-10 2,000, ResMLP": Problem("cifar10", 2_000, 0.0, small_resmlp, 25, judging=True),
-    "CIFAR-10 2,000, VGG": Problem("cifar10", 2_000, 0.0, small_vgg, 25, judging=True),
+    "CIFAR-10 2,000, BatchNorm ResNet": Problem("cifar10", 2_000, 0.0, small_resnet, 15, judging=True),
+    "CIFAR-10 2,000, ResMLP": Problem("cifar10", 2_000, 0.0, small_resmlp, 15, judging=True),
+    "CIFAR-10 2,000, VGG": Problem("cifar10", 2_000, 0.0, small_vgg, 20, judging=True),
 }
 
 #: On a GPU: all of CIFAR-10, as it is, 200 epochs without augmentation.

@@ -146,7 +146,7 @@ def test_the_stages_of_a_row_search_what_the_protocol_says(monkeypatch):
     methods = len(equal_budget.CONTENDERS)
     assert len(scalars) == methods * 5 * 2 and {t.settings["lr"] for t in scalars} == {0.05}
     assert len(around) == methods * 3 * 2 and {t.seed for t in around} == set(equal_budget.SEEDS)
-    assert len(fresh) == methods * 8 and not {t.seed for t in fresh} & set(equal_budget.SEEDS)
+    assert len(fresh) == methods * 6 and not {t.seed for t in fresh} & set(equal_budget.SEEDS)
     assert all(t.settings["test"] and t.settings["withstood"] for t in fresh)
     assert not any("test" in t.settings for t in (*rates, *scalars, *around))
     assert weighed[0].stage == "cost"
