@@ -37,6 +37,7 @@ from .problems import PAPER, PROBLEMS
 from .rows import Row
 
 FUNCTION = "benchmarks.equal_budget:trained"
+SCALES, DEVICES = trials.SCALES, ("cpu", "cuda")
 RATES, DECAYS = (0.02, 0.05, 0.1), (5e-4, 5e-3)
 SEEDS, FRESH = (1_000, 1_001), range(6)
 
@@ -397,7 +398,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: Of the command line; ``None``: the process's own.
     """
-    trials.main(__doc__, "equal_budget", FUNCTION, plan, arguments)
+    trials.main(__doc__, "equal_budget", FUNCTION, plan, arguments, SCALES)
 
 
 if __name__ == "__main__":

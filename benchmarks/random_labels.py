@@ -98,6 +98,7 @@ class Problem:
 TENTHS = tuple(i / 10 for i in range(11))
 _TINY: dict[str, Any] = {"subset": 64, "renyi": (32, 2, 3), "chunk": 32, "full": False}
 _GPU: dict[str, Any] = {"chunk": 4_096, "renyi": (10_000, 20, 15), "subset": 10_000, "device": "cuda"}
+DEVICES = ("cpu", "cuda")
 SCALES: dict[str, dict[str, Problem]] = {
     "smoke": {
         "MLP": Problem("mlp", 48, (0.0, 1.0), 2, Training(30, 16, 0.1), **_TINY),

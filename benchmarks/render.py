@@ -48,7 +48,9 @@ def table(name: str, environment: Mapping[str, Any], runs: Sequence[Run]) -> str
     loads = f"load average {environment['load_average_before']} before"
     if "load_average_after" in environment:  # the oldest runs have it not
         loads += f", {environment['load_average_after']} after"
-    option = "" if device == "cpu" else " --device cuda"
+    # Trainings are made at the size of the papers on a GPU; everything else is the same there.
+    on_gpu = " --scale paper" if "paper" in getattr(script, "SCALES", ()) else " --device cuda"
+    option = "" if device == "cpu" else on_gpu
     lines = [
         f"# {first}",
         "",

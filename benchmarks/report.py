@@ -107,8 +107,8 @@ results. What a peer cannot do is in the table as "unsupported", with the peer's
 `MNIST/raw/train-images-idx3-ubyte`, `train-labels-idx1-ubyte` and the `t10k-*` pair; `cifar10/{train,test}.tar`.
 Nothing is downloaded. Other scripts use random images: time and memory do not depend on them.
 
-**CUDA.** A script with `--device cuda` has a part of its page for it, which says "CUDA: not measured" until such a run
-is in its folder. `throughput` is about nothing else.
+**CUDA.** A script with `--device cuda`, or `--scale paper`, has a part of its page for it, which says "CUDA: not
+measured" until such a run is in its folder. `throughput` is about nothing else.
 
 **Results** are committed raw: `results/<claim>/<date>_cpu<threads>/`, or `<date>_cuda_<device>/`, holds
 `environment.json` (versions, processor, threads, load, commit) and `runs.jsonl` (a line per contender and round, or per

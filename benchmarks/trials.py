@@ -165,6 +165,8 @@ def main(
     parser.add_argument("--out", type=Path, help="folder of results/<claim>/ (default: here, none for smoke)")
     parser.add_argument("--resume", type=Path, metavar="FOLDER", help="a run of results/<claim>/ to go on with")
     options = parser.parse_args(arguments)
+    if options.scale == "paper" and not torch.cuda.is_available():
+        parser.error("--scale paper is for a GPU, and torch.cuda.is_available() is False here; use --scale cpu")
     torch.set_num_threads(options.threads)
     described = environment(options.threads, "cuda" if options.scale == "paper" else "cpu")
     out = options.out or (None if options.scale == "smoke" else RESULTS)

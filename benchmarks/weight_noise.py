@@ -27,6 +27,7 @@ from .render import newest
 from .rows import Row
 
 REFERENCE = "SAM"
+SCALES, DEVICES = equal_budget.SCALES, equal_budget.DEVICES
 _TITLES = {
     "gaussian": "Gaussian noise on weights, σ",
     "adversarial": "Adversarial step of the weights, r",
@@ -215,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: Of the command line; ``None``: the process's own.
     """
-    trials.main(__doc__, "weight_noise", equal_budget.FUNCTION, plan, arguments)
+    trials.main(__doc__, "weight_noise", equal_budget.FUNCTION, plan, arguments, SCALES)
 
 
 if __name__ == "__main__":

@@ -263,3 +263,11 @@ def test_cost_is_relative_to_sgd_and_counts_gradients():
 def test_every_variant_of_the_gauge_trains():
     for name, variant in gauge.VARIANTS.items():
         assert "test" in training.trained(gauge.trial(ROW, name, 0.05, variant.values[1], 0, "smoke", "fresh").settings)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("script", [equal_budget, weight_noise])
+def test_the_scale_of_papers_asks_for_a_gpu_at_once(script, capsys):
+    with pytest.raises(SystemExit):
+        script.main(["--scale", "paper"])
+    assert "--scale paper is for a GPU" in capsys.readouterr().err
