@@ -4,7 +4,7 @@ MSSAM climbs and descends at canonical representatives of the equivalent network
 climb's ball κ (0 the smallest trace, ½ the smallest product of trace and squared norm, 1 the smallest norm); of the
 descent whether it is from there ("move"), from rows of one size ("rows"), or from wherever the weights are ("metric").
 So are the granularity (layers, single hidden units), a further factor in the metric (ASAM's |W| or ‖W‖), how often the
-representatives are found anew, and when the perturbation begins.  Every variant has the same search: four values of its
+representatives are found anew, when the perturbation begins, and the length of the step (StableSAM's).  Every variant has the same search: four values of its
 own scalar and three learning rates, two seeds, chosen by accuracy on held-out images with noisy labels; what was chosen
 is trained from fresh seeds.  SAM and ASAM are searched in the same way.
 
@@ -74,6 +74,8 @@ VARIANTS: dict[str, Variant] = {
     ),
     "MSSAM, rows, κ = 1, once": Variant("MSSAM", options={"rebalance": "rows", "gauge": 1.0, "refresh_every": 10**9}),
     "MSSAM, rows, κ = 1, from step 100 on": Variant("MSSAM", options={"rebalance": "rows", "gauge": 1.0, "start": 100}),
+    "MSSAM, rows, κ = 0, exact traces": Variant("MSSAM", options={"rebalance": "rows", "columns": None}),
+    "step normalised (StableSAM), rows, κ = 1": Variant("StableSAM", options={"rebalance": "rows", "gauge": 1.0}),
     "MSRegularizedSGD, move": Variant("MSRegularizedSGD", _STRENGTHS, scalar="strength"),
     "MSRegularizedSGD, rows": Variant("MSRegularizedSGD", _STRENGTHS, {"rebalance": "rows"}, scalar="strength"),
 }
