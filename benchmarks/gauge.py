@@ -4,9 +4,9 @@ MSSAM climbs and descends at canonical representatives of the equivalent network
 climb's ball κ (0 the smallest trace, ½ the smallest product of trace and squared norm, 1 the smallest norm); of the
 descent whether it is from there ("move"), from rows of one size ("rows"), or from wherever the weights are ("metric").
 So are the granularity (layers, single hidden units), a further factor in the metric (ASAM's |W| or ‖W‖), how often the
-representatives are found anew, when the perturbation begins, and the length of the step (StableSAM's).  Every variant has the same search: four values of its
-own scalar and three learning rates, two seeds, chosen by accuracy on held-out images with noisy labels; what was chosen
-is trained from fresh seeds.  SAM and ASAM are searched in the same way.
+representatives are found anew, when the perturbation begins, and the length of the step (StableSAM's).  Every variant
+has the same search: four values of its own scalar and three learning rates, two seeds, chosen by accuracy on held-out
+images with noisy labels; what was chosen is trained from fresh seeds.  SAM and ASAM are searched in the same way.
 
 This is an exploration: it may be looked at as often as one likes, what is best here is best by choice, and the
 package's defaults are judged on other rows (:mod:`benchmarks.equal_budget`).
