@@ -34,20 +34,38 @@ RHO = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
 STRENGTH = (0.0, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 
 Build = Callable[[nn.Module, float], torch.optim.Optimizer]
+
+
+def moved(model: nn.Module, rho: float, gauge: float) -> torch.optim.Optimizer:
+    """MSSAM at the representative itself: ``rebalance="move"``.
+
+    Args:
+        model: The network.
+        rho: ρ.
+        gauge: κ.
+
+    Returns:
+        The optimizer.
+    """
+    return ms_optim.MSSAM(model, rho=rho, rebalance="move", gauge=gauge, **training.BASE)
+
+
 SWEEPS: dict[str, tuple[str, tuple[float, ...], Build]] = {
     "SAM": ("ρ", RHO, lambda model, rho: ms_optim.SAM(model, rho=rho, **training.BASE)),
-    "MSSAM, κ = 0": ("ρ", RHO, lambda model, rho: ms_optim.MSSAM(model, rho=rho, **training.BASE)),
-    "MSSAM, κ = ½": ("ρ", RHO, lambda model, rho: ms_optim.MSSAM(model, rho=rho, gauge=0.5, **training.BASE)),
-    "MSSAM, κ = 1": ("ρ", RHO, lambda model, rho: ms_optim.MSSAM(model, rho=rho, gauge=1.0, **training.BASE)),
+    "MSSAM, κ = 0": ("ρ", RHO, lambda model, rho: moved(model, rho, 0.0)),
+    "MSSAM, κ = ½": ("ρ", RHO, lambda model, rho: moved(model, rho, 0.5)),
+    "MSSAM, κ = 1": ("ρ", RHO, lambda model, rho: moved(model, rho, 1.0)),
     "MSRegularizedSGD, trace": (
         "λ",
         STRENGTH,
-        lambda model, strength: ms_optim.MSRegularizedSGD(model, strength=strength, **training.BASE),
+        lambda model, strength: ms_optim.MSRegularizedSGD(model, strength=strength, rebalance="move", **training.BASE),
     ),
     "MSRegularizedSGD, noise": (
         "λ",
         STRENGTH,
-        lambda model, strength: ms_optim.MSRegularizedSGD(model, strength=strength, gradient="noise", **training.BASE),
+        lambda model, strength: ms_optim.MSRegularizedSGD(
+            model, strength=strength, gradient="noise", rebalance="move", **training.BASE
+        ),
     ),
 }
 

@@ -196,15 +196,16 @@ def made(name: str, model: nn.Module, paths: Paths, group: ms_optim.ScaleGroup |
         Its step.
     """
     plain = name.removesuffix(WITHOUT).removesuffix(WITH)
+    moved: dict[str, Any] = {"rebalance": "move", "gauge": 0.0}
     kinds: dict[str, Callable[..., ms_optim.SharpnessAware]] = {
         SAM: ms_optim.SAM,
         ASAM: functools.partial(ms_optim.ASAM, operator="elementwise"),
         MOMENTUM: functools.partial(ms_optim.SAM, ascent="momentum"),
-        MOVE: ms_optim.MSSAM,
-        METRIC: functools.partial(ms_optim.MSSAM, rebalance="metric"),
-        FUSED: functools.partial(ms_optim.MSSAM, fused=True),
-        NOISE: functools.partial(ms_optim.MSRegularizedSGD, strength=1e-6, gradient="noise"),
-        TRACE: functools.partial(ms_optim.MSRegularizedSGD, strength=1e-4),
+        MOVE: functools.partial(ms_optim.MSSAM, **moved),
+        METRIC: functools.partial(ms_optim.MSSAM, rebalance="metric", gauge=0.0),
+        FUSED: functools.partial(ms_optim.MSSAM, fused=True, **moved),
+        NOISE: functools.partial(ms_optim.MSRegularizedSGD, strength=1e-6, gradient="noise", rebalance="move"),
+        TRACE: functools.partial(ms_optim.MSRegularizedSGD, strength=1e-4, rebalance="move"),
     }
     if plain in kinds:
         every = 10**9 if name.endswith(WITHOUT) else 1

@@ -42,7 +42,7 @@ def workload(which: str, full: bool, threads: int) -> None:
     if which == "pass":
         F.cross_entropy(model(x), torch.zeros(len(x), dtype=torch.long)).backward()
     elif which == "refresh":
-        ms_optim.MSSAM(model, lr=0.1).refresh(x)
+        ms_optim.MSSAM(model, rebalance="move", gauge=0.0, lr=0.1).refresh(x)
     else:
         ms_optim.hessian_trace(model, x)
 

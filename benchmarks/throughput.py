@@ -123,7 +123,7 @@ def made(
         Its step, and its optimizer.
     """
     settings = {"lr": 1e-3, "momentum": 0.9}
-    rebalancing = {**settings, "refresh_every": 10**9, "group": group}
+    rebalancing = {**settings, "rebalance": "move", "gauge": 0.0, "refresh_every": 10**9, "group": group}
     makers: dict[str, Callable[[], torch.optim.Optimizer]] = {
         SAM: lambda: ms_optim.SAM(model, **settings),
         MOVE: lambda: ms_optim.MSSAM(model, **rebalancing),

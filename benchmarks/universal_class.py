@@ -12,7 +12,8 @@ is the weight decay of all others.  Then the chosen setting is trained from five
 images, the noise, the held-out part, the weights and the order, the same for all optimizers, and the 10,000 test images
 are looked at once.  The table has the mean ± standard error, and that of the paired difference to SAM; a difference
 counts if it exceeds two standard errors.  A choice at the edge of its grid is marked.  (Passes per step: SGD, TraceSAM
-1; SAM, ASAM, MSSAM, RSAM, DetSAM 2; FrobSAM 3.  Epochs are equal, not time.)
+1; SAM, ASAM, MSSAM, RSAM, DetSAM 2; FrobSAM 3.  Epochs are equal, not time.)  MSSAM is at the α*-representative itself
+("move", κ = 0).
 
     MS_OPTIM_DATA=... python -m benchmarks.universal_class     about ten minutes on two idle cores
 """
@@ -85,16 +86,17 @@ def cross(first: Grid, second: Grid) -> Grid:
     return tuple({**a, **b} for a, b in itertools.product(first, second))
 
 
-def built(name: str) -> Callable[..., torch.optim.Optimizer]:
+def built(name: str, **fixed: Any) -> Callable[..., torch.optim.Optimizer]:
     """An optimizer of the package with the base's settings.
 
     Args:
         name: Its public name.
+        **fixed: What is not searched.
 
     Returns:
         Takes the model and a setting.
     """
-    return lambda model, **setting: getattr(ms_optim, name)(model, torch.optim.SGD, **BASE, **setting)
+    return lambda model, **setting: getattr(ms_optim, name)(model, torch.optim.SGD, **BASE, **fixed, **setting)
 
 
 def sgd(model: nn.Module, **setting: float) -> torch.optim.Optimizer:
@@ -115,7 +117,7 @@ GRIDS: dict[str, tuple[Callable[..., torch.optim.Optimizer], Grid]] = {
     "SGD": (sgd, line("weight_decay", 0.0, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)),
     "SAM": (built("SAM"), line("rho", *_RADII)),
     "ASAM": (built("ASAM"), line("rho", *(5 * rho for rho in _RADII))),
-    "MSSAM": (built("MSSAM"), line("rho", *_RADII)),
+    "MSSAM": (built("MSSAM", rebalance="move", gauge=0.0), line("rho", *_RADII)),
     "TraceSAM": (built("TraceSAM"), line("rho", 0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12)),
     "FrobSAM": (built("FrobSAM"), cross(line("rho", 0.005, 0.01, 0.03), line("strength", 0.005, 0.05, 0.5))),
     "DetSAM": (built("DetSAM"), cross(line("rho", 0.01, 0.03, 0.1), line("strength", 0.3, 1.0, 3.0))),

@@ -67,8 +67,12 @@ class BARHere(ms_optim.BAR):
         given = list(params.parameters()) if isinstance(params, nn.Module) else list(params)
         flat = [p for entry in given for p in (entry["params"] if isinstance(entry, dict) else [entry])]
         matrices = [p for p in flat if p.dim() > 1]
-        super().__init__(given if not isinstance(params, nn.Module) else params, *args,
-                         pairs=[(matrices[0], matrices[-1])], **options)
+        super().__init__(
+            given if not isinstance(params, nn.Module) else params,
+            *args,
+            pairs=[(matrices[0], matrices[-1])],
+            **options,
+        )
 
 
 CASES = [
@@ -77,14 +81,22 @@ CASES = [
     Case("ASAM[official]", ms_optim.ASAM, 2, {"rho": 0.0}, {"rho": 0.5, "operator": "official"}),
     Case("ASAM[elementwise]", ms_optim.ASAM, 2, {"rho": 0.0}, {"rho": 0.5, "operator": "elementwise"}),
     Case("ASAM[metric]", ms_optim.ASAM, 2, {"rho": 0.0}, {"rho": 0.5, "operator": "official", "rebalance": "metric"}),
-    Case("MSSAM[move]", ms_optim.MSSAM, 2, {"rho": 0.0}, {"rho": 0.1, "rebalance": "move"}),
+    Case("MSSAM[move]", ms_optim.MSSAM, 2, {"rho": 0.0}, {"rho": 0.1, "rebalance": "move", "gauge": 0.0}),
     Case("MSSAM[metric]", ms_optim.MSSAM, 2, {"rho": 0.0}, {"rho": 0.1, "rebalance": "metric"}),
     Case("MSSAM[rows]", ms_optim.MSSAM, 2, {"rho": 0.0}, {"rho": 0.1, "rebalance": "rows"}),
     Case("MSSAM[None]", ms_optim.MSSAM, 2, {"rho": 0.0}, {"rho": 0.1, "rebalance": None}),
-    Case("MSSAM[move,gauge=1/2]", ms_optim.MSSAM, 2, {"rho": 0.0}, {"rho": 0.1, "gauge": 0.5, "columns": None}),
+    Case(
+        "MSSAM[move,gauge=1/2]",
+        ms_optim.MSSAM,
+        2,
+        {"rho": 0.0},
+        {"rho": 0.1, "rebalance": "move", "gauge": 0.5, "columns": None},
+    ),
     Case("SAM[momentum]", ms_optim.SAM, 1, {"rho": 0.0}, {"rho": 0.1, "ascent": "momentum"}),
     Case("ASAM[momentum]", ms_optim.ASAM, 1, {"rho": 0.0}, {"rho": 0.5, "ascent": "momentum"}),
-    Case("MSSAM[momentum,move]", ms_optim.MSSAM, 1, {"rho": 0.0}, {"rho": 0.1, "ascent": "momentum"}),
+    Case(
+        "MSSAM[momentum,move]", ms_optim.MSSAM, 1, {"rho": 0.0}, {"rho": 0.1, "ascent": "momentum", "rebalance": "move"}
+    ),
     Case(
         "MSSAM[momentum,metric]",
         ms_optim.MSSAM,
@@ -92,7 +104,7 @@ CASES = [
         {"rho": 0.0},
         {"rho": 0.1, "ascent": "momentum", "rebalance": "metric"},
     ),
-    Case("MSReg[trace,move]", ms_optim.MSRegularizedSGD, 1, {"strength": 0.0}, {"strength": 0.01}),
+    Case("MSReg[trace,move]", ms_optim.MSRegularizedSGD, 1, {"strength": 0.0}, {"strength": 0.01, "rebalance": "move"}),
     Case(
         "MSReg[trace,metric]",
         ms_optim.MSRegularizedSGD,
@@ -102,13 +114,19 @@ CASES = [
     ),
     Case("MSReg[trace,rows]", ms_optim.MSRegularizedSGD, 1, {"strength": 0.0}, {"strength": 0.01, "rebalance": "rows"}),
     Case("MSReg[trace,None]", ms_optim.MSRegularizedSGD, 1, {"strength": 0.0}, {"strength": 0.01, "rebalance": None}),
-    Case("MSReg[noise,move]", ms_optim.MSRegularizedSGD, 1, {"strength": 0.0}, {"strength": 1e-4, "gradient": "noise"}),
+    Case(
+        "MSReg[noise,move]",
+        ms_optim.MSRegularizedSGD,
+        1,
+        {"strength": 0.0},
+        {"strength": 1e-4, "gradient": "noise", "rebalance": "move"},
+    ),
     Case(
         "MSReg[antithetic noise,move]",
         ms_optim.MSRegularizedSGD,
         2,
         {"strength": 0.0},
-        {"strength": 1e-4, "gradient": "antithetic"},
+        {"strength": 1e-4, "gradient": "antithetic", "rebalance": "move"},
     ),
     Case(
         "MSReg[antithetic noise,None]",

@@ -176,7 +176,9 @@ def test_moved_steps_are_those_of_mssam(kind):
     """Of one sample's cross-entropy of (f, 0) the traces are p(1 − p)‖∂f‖²: the same representative."""
     net, x, y = problem(kind)
     twin = Twin(net, x)
-    optimizer = ms_optim.MSSAM(twin, torch.optim.SGD, rho=0.2, refresh_every=2, columns=None, lr=0.02)
+    optimizer = ms_optim.MSSAM(
+        twin, torch.optim.SGD, rho=0.2, rebalance="move", gauge=0.0, refresh_every=2, columns=None, lr=0.02
+    )
     order = torch.tensor([3, 0, 7, 1, 5, 2])
     for i in order.tolist():
 

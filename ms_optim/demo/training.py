@@ -45,8 +45,11 @@ OPTIMIZERS: dict[str, Callable[[nn.Module, float], torch.optim.Optimizer]] = {
     "SGD": lambda model, _: torch.optim.SGD(model.parameters(), **BASE),
     "SAM": lambda model, rho: ms_optim.SAM(model, torch.optim.SGD, rho=rho, **BASE),
     "ASAM": lambda model, rho: ms_optim.ASAM(model, torch.optim.SGD, rho=rho, **BASE),
-    "MSSAM": lambda model, rho: ms_optim.MSSAM(model, torch.optim.SGD, rho=rho, **BASE),
-    "MSRegularizedSGD": lambda model, strength: ms_optim.MSRegularizedSGD(model, strength=strength, **BASE),
+    # At the representative of the smallest trace itself, which is what TUNED was found for.
+    "MSSAM": lambda model, rho: ms_optim.MSSAM(model, torch.optim.SGD, rho=rho, rebalance="move", gauge=0.0, **BASE),
+    "MSRegularizedSGD": lambda model, strength: ms_optim.MSRegularizedSGD(
+        model, strength=strength, rebalance="move", **BASE
+    ),
 }
 
 

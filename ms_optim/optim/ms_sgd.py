@@ -38,7 +38,7 @@ from .distributed import as_shard_of, gathered
 from .engine import Plan, SharpnessAware
 from .gradients import plus
 from .noise import deviations, noise
-from .requirements import Rebalance
+from .requirements import Rebalance, automatic
 
 Gradient = Literal["trace", "noise", "antithetic"]
 
@@ -52,7 +52,8 @@ class MSRegularizedSGD(SharpnessAware):
         momentum: As in ``torch.optim.SGD``.
         strength: λ ≥ 0, in units of loss per trace; 0 is SGD (at the representative).
         gradient: ``"trace"``, ``"noise"`` or ``"antithetic"``.
-        rebalance: ``"move"``, ``"rows"``, ``"metric"``, or ``None``: the plain trace, w = 1.
+        rebalance: ``"rows"``, ``"move"``, ``"metric"``, or ``None``: the plain trace, w = 1; ``"auto"``: ``"rows"``,
+            and with single hidden units ``"move"``.
         **options: ``model``, ``refresh_every``, ``columns``, ``gauge``, ``granularity``, ``group``, ``seed``, ``every``
             (see :class:`SharpnessAware`), and arguments of ``torch.optim.SGD``, such as ``weight_decay``.
 
@@ -70,14 +71,20 @@ class MSRegularizedSGD(SharpnessAware):
         momentum: float = 0.9,
         strength: float = 1e-3,  # λ
         gradient: Gradient = "trace",
-        rebalance: Rebalance = "move",
+        rebalance: Rebalance | Literal["auto"] = "auto",
         **options: Any,
     ) -> None:
         if gradient not in ("trace", "noise", "antithetic"):
             raise ValueError(f"gradient must be 'trace', 'noise' or 'antithetic', got {gradient!r}")
         settings = {"strength": strength}
         super().__init__(
-            model_or_params, torch.optim.SGD, settings, rebalance=rebalance, lr=lr, momentum=momentum, **options
+            model_or_params,
+            torch.optim.SGD,
+            settings,
+            rebalance=automatic(rebalance, options),
+            lr=lr,
+            momentum=momentum,
+            **options,
         )
         self.gradient = gradient
         self.keeps_batches, self.combines_passes = gradient == "trace", gradient == "antithetic"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -152,6 +152,21 @@ def require_outside_closures(optimizer: Any) -> None:
             f"{type(optimizer).__name__}.step() was called inside the closure that another step() is running; run "
             "forward and backward only, and leave the step to that one"
         )
+
+
+def automatic(rebalance: Rebalance | Literal["auto"], options: Mapping[str, Any]) -> Rebalance:
+    """What ``rebalance="auto"`` stands for.
+
+    Args:
+        rebalance: As given.
+        options: The optimizer's, of which the granularity counts.
+
+    Returns:
+        ``"rows"``; with single hidden units, for which there is no such thing, ``"move"``; else what was given.
+    """
+    if rebalance != "auto":
+        return rebalance
+    return "move" if options.get("granularity") == "neuron" else "rows"
 
 
 def require_known_base(base: Optimizer, rebalance: Rebalance) -> None:

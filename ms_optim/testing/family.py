@@ -42,7 +42,7 @@ def subject(kind: Callable[..., Any], name: str | None = None, **options: Any) -
     0.5
     """
     regularised = kind is MSRegularizedSGD
-    rebalance = options.get("rebalance", "move" if regularised or kind is MSSAM else None)
+    rebalance = options.get("rebalance", "rows" if regularised or kind is MSSAM else None)
     gradient = options.get("gradient", "trace") if regularised else None
     along_momentum = options.get("ascent") == "momentum"
     own = {"rho": 0.05} if not regularised else {"strength": 0.01 if gradient == "trace" else 1e-4}
@@ -135,8 +135,8 @@ FAMILY = (
     subject(SAM, "SAM (momentum)", ascent="momentum"),
     subject(ASAM, "ASAM (official)", rho=0.5),
     subject(ASAM, "ASAM (elementwise)", rho=0.5, operator="elementwise"),
-    subject(MSSAM, "MSSAM (move)"),
-    subject(MSSAM, "MSSAM (rows)", rebalance="rows"),
+    subject(MSSAM),
+    subject(MSSAM, "MSSAM (move)", rebalance="move", gauge=0.0),
     subject(MSSAM, "MSSAM (metric)", rebalance="metric"),
     subject(MSRegularizedSGD, "MSReg (trace)"),
     subject(MSRegularizedSGD, "MSReg (noise)", gradient="noise"),

@@ -128,7 +128,7 @@ def test_leaving_the_passes_early_takes_no_step_and_the_next_step_works():
     [
         ({"rebalance": "metric"}, False),
         ({"rebalance": "metric", "refresh_every": 2}, False),
-        ({"rebalance": "metric", "gauge": 0.5}, True),
+        ({"rebalance": "metric", "gauge": 1.0}, True),
         ({"rebalance": "move"}, True),
         ({"rebalance": None}, False),
     ],
