@@ -79,24 +79,38 @@ class Contender:
 
 
 _ADAPTIVE, _TRACE, _NOISE = (0.5, 1.0, 2.0), (3e-4, 1e-3, 3e-3), (1e-5, 1e-4, 1e-3)
-_REGULARIZED, _FINE = "MSRegularizedSGD", {"granularity": "neuron"}
+_REGULARIZED = "MSRegularizedSGD"
+_MOVE, _ROWS, _NOISY = {"rebalance": "move"}, {"rebalance": "rows"}, {"gradient": "noise"}
+_SMALLEST, _FINE = {"gauge": 0.0}, {"rebalance": "move", "granularity": "neuron"}
 CONTENDERS = {
     "SGD": Contender("SGD", argument="", radii=()),
     "SAM": Contender("SAM"),
     "ASAM, official": Contender("ASAM", {"operator": "official"}, radii=_ADAPTIVE),
     "ASAM, elementwise": Contender("ASAM", {"operator": "elementwise"}, radii=_ADAPTIVE),
     "ASAM, layer": Contender("ASAM", {"operator": "layer"}, radii=(0.005, 0.01, 0.02)),
-    "MSSAM": Contender("MSSAM", promised=(LAYERS,)),
-    "MSSAM, rows": Contender("MSSAM", {"rebalance": "rows"}, acted=(LAYERS,), promised=(LAYERS,)),
-    "MSSAM, metric": Contender("MSSAM", {"rebalance": "metric"}, acted=(LAYERS,)),
-    "MSRegularizedSGD": Contender(_REGULARIZED, {}, "strength", _TRACE, (LAYERS,), (LAYERS,)),
-    "MSRegularizedSGD, rows": Contender(_REGULARIZED, {"rebalance": "rows"}, "strength", _TRACE, (LAYERS,), (LAYERS,)),
-    "MSRegularizedSGD, noise": Contender(_REGULARIZED, {"gradient": "noise"}, "strength", _NOISE, (LAYERS,), (LAYERS,)),
-    "MSSAM, neurons": Contender("MSSAM", _FINE, acted=(UNITS,), promised=(UNITS,)),
+    # The package's defaults first.
+    "MSSAM, rows, κ = ½": Contender("MSSAM", {**_ROWS, "gauge": 0.5}, acted=(LAYERS,), promised=(LAYERS,)),
+    "MSSAM, rows, κ = 0": Contender("MSSAM", {**_ROWS, **_SMALLEST}, acted=(LAYERS,), promised=(LAYERS,)),
+    "MSSAM, move, κ = 0": Contender("MSSAM", {**_MOVE, **_SMALLEST}, promised=(LAYERS,)),
+    "MSSAM, metric, κ = 0": Contender("MSSAM", {"rebalance": "metric", **_SMALLEST}, acted=(LAYERS,)),
+    "MSRegularizedSGD, rows": Contender(_REGULARIZED, _ROWS, "strength", _TRACE, (LAYERS,), (LAYERS,)),
+    "MSRegularizedSGD, move": Contender(_REGULARIZED, _MOVE, "strength", _TRACE, (LAYERS,), (LAYERS,)),
+    "MSRegularizedSGD, noise, move": Contender(
+        _REGULARIZED, {**_MOVE, **_NOISY}, "strength", _NOISE, (LAYERS,), (LAYERS,)
+    ),
+    "MSSAM, neurons": Contender("MSSAM", {**_FINE, **_SMALLEST}, acted=(UNITS,), promised=(UNITS,)),
     "MSRegularizedSGD, neurons": Contender(_REGULARIZED, _FINE, "strength", _TRACE, (UNITS,), (UNITS,)),
     "MSRegularizedSGD, noise, neurons": Contender(
-        _REGULARIZED, {"gradient": "noise", **_FINE}, "strength", _NOISE, (UNITS,), (UNITS,)
+        _REGULARIZED, {**_FINE, **_NOISY}, "strength", _NOISE, (UNITS,), (UNITS,)
     ),
+}
+
+
+#: Contenders at single hidden units → the same for layers.
+_COARSE = {
+    "MSSAM, neurons": "MSSAM, move, κ = 0",
+    "MSRegularizedSGD, neurons": "MSRegularizedSGD, move",
+    "MSRegularizedSGD, noise, neurons": "MSRegularizedSGD, noise, move",
 }
 
 
@@ -130,7 +144,7 @@ ROWS = {
 PANELS = tuple((row, granularity) for row, what in ROWS.items() for granularity in what.sizes)
 # At the scale of seconds a LeNet is an MLP.
 _ROWS_AT_SMOKE = (MLP, RESNET)
-_AT_SMOKE = ("SGD", "MSSAM", "MSRegularizedSGD, neurons")
+_AT_SMOKE = ("SGD", "MSSAM, move, κ = 0", "MSRegularizedSGD, neurons")
 
 
 def problem_of(row: str, scale: str) -> Problem:
@@ -387,13 +401,14 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     size = (4 * len(PANELS), 8)
     figure, panels = pyplot.subplots(2, len(PANELS), figsize=size, sharex="col", squeeze=False, layout="constrained")
     handles: dict[str, Any] = {}
-    # One colour for an optimizer, whatever it rescales.
-    colours = {name: f"C{i}" for i, name in enumerate(n for n in CONTENDERS if not n.endswith("neurons"))}
+    # One colour for an optimizer, whatever it rescales: ten, which matplotlib has, and black and grey.
+    tones = [*(f"C{i}" for i in range(10)), "black", "grey"]
+    colours = dict(zip((name for name in CONTENDERS if name not in _COARSE), tones, strict=True))
     for column, (row, granularity) in enumerate(PANELS):
         upper, lower = panels[0][column], panels[1][column]
         curves = curves_of(results, row, granularity)
         for name, curve in curves.items():
-            style = {"color": colours[name.removesuffix(", neurons")], "marker": "o", "markersize": 4, "label": name}
+            style = {"color": colours[_COARSE.get(name, name)], "marker": "o", "markersize": 4, "label": name}
             style["linestyle"] = "-" if granularity in CONTENDERS[name].promised else "--"
             places = [0.0, *curve.sizes]
             means, errors = zip(*(curve.accuracy(start) for start in places), strict=True)

@@ -114,7 +114,7 @@ def test_the_reference_is_the_best_of_sam_and_the_asams_and_differences_are_pair
     apart = equal_budget.differences(results, ROW)
     assert apart["MSSAM"].mean == pytest.approx(1.01) and apart["SGD"].mean == pytest.approx(-10.0)
     page = "\n".join(equal_budget.body([trials.line_of(result) for result in results]))
-    assert "| ASAM, layer | ρ 0.04, lr 0.05, wd 0.0005 | 91.00 ± 0.58 (3) |  |  | the reference |  |  |" in page
+    assert "| ASAM, layer | ρ 0.01, lr 0.05, wd 0.0005 | 91.00 ± 0.58 (3) |  |  | the reference |  |  |" in page
     assert "+1.01 [+0.99, +1.03]" in page and "| better |" in page
 
 

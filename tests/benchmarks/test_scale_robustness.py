@@ -204,7 +204,7 @@ def made(row, contender, granularity, seed, scaled, **more):
 
 def test_tables_are_made_of_the_lines():
     row = scale_robustness.MLP
-    results = [made(row, "MSSAM", "layer", seed, 0.9) for seed in range(3)]
+    results = [made(row, "MSSAM, move, κ = 0", "layer", seed, 0.9) for seed in range(3)]
     results += [made(row, "SGD", "layer", seed, 0.1, diverged=True) for seed in range(3)]
     found = curve_of(results, row, "layer", "SGD")
     assert found.sizes == (2.0,) and found.diverged == {0.0: 0, ROUNDING: 0, 2.0: 3}
@@ -213,7 +213,7 @@ def test_tables_are_made_of_the_lines():
     page = "\n".join(scale_robustness.body([line_of(result) for result in results]))
     assert "1 of 1 comparisons are flat; reached" in page
     assert "| SGD | 90.00 ± 0.00 | 10.00 ± 0.00, 3× | -80.00 |" in page
-    worse = [made(row, "MSSAM", "layer", seed, 0.8) for seed in range(3)]
+    worse = [made(row, "MSSAM, move, κ = 0", "layer", seed, 0.8) for seed in range(3)]
     assert "0 of 1 comparisons are flat; **missed**" in scale_robustness.body([line_of(r) for r in worse])[0]
 
 
