@@ -57,7 +57,13 @@ class Family:
 
 
 def optimizers(
-    sam: Said, asam: Said, mssam: Said, msreg: Said, gradient: str = "noise", common: Mapping[str, Any] | None = None
+    sam: Said,
+    asam: Said,
+    mssam: Said,
+    msreg: Said,
+    gradient: str = "noise",
+    common: Mapping[str, Any] | None = None,
+    moved: bool = False,
 ) -> dict[str, Said]:
     """The arguments of each optimizer.
 
@@ -68,17 +74,19 @@ def optimizers(
         msreg: λ.
         gradient: Of MSRegularizedSGD.
         common: Of all of them.
+        moved: Whether the weights go to the representative of the smallest trace itself: where ρ and λ were chosen so.
 
     Returns:
         Optimizer → arguments and their source.
     """
     common, refreshes = dict(common or {}), {"refresh_every": 100, "columns": 2}
+    there: dict[str, Any] = {"rebalance": "move", "gauge": 0.0} if moved else {}
     return {
         "sgd": Said(common),
         "sam": Said({"rho": sam.value, **common}, sam.source),
         "asam": Said({"rho": asam.value, **common}, asam.source),
-        "mssam": Said({"rho": mssam.value, **refreshes, **common}, mssam.source),
-        "msreg": Said({"strength": msreg.value, "gradient": gradient, **refreshes, **common}, msreg.source),
+        "mssam": Said({"rho": mssam.value, **refreshes, **there, **common}, mssam.source),
+        "msreg": Said({"strength": msreg.value, "gradient": gradient, **refreshes, **there, **common}, msreg.source),
     }
 
 
@@ -105,6 +113,7 @@ def _digits() -> Family:
         *(Said(0.4, _TUNED), Said(2.0, _TUNED), Said(0.4, _TUNED), Said(0.01, _TUNED)),
         gradient="trace",
         common={"nesterov": False},
+        moved=True,
     )
     return Family("scikit-learn's handwritten digits with noisy labels, MLP 64-128-128-10", settings, own)
 
