@@ -65,10 +65,11 @@ class Contender:
 
 _RADII = (0.03, 0.06, 0.12, 0.24, 0.48)
 _ADAPTIVE = (0.25, 0.5, 1.0, 2.0, 4.0)
+_LAYERS = (0.0025, 0.005, 0.01, 0.02, 0.04)
 _ROWS = {"rebalance": "rows"}
 SGD, LONGER, MSSAM = "SGD", "SGD, twice the epochs", "MSSAM"
 #: Those that the report has a row for; the others are there if they did not work.
-SHOWN = (LONGER, MSSAM, "MSSAM, κ = 0", "MSRegularizedSGD, trace", "MSRegularizedSGD, noise")
+SHOWN = (LONGER, MSSAM, "MSSAM, κ = 0", "ASAM, layer, at rows", "MSRegularizedSGD, trace", "MSRegularizedSGD, noise")
 #: Those of which the best one is the reference.
 BASELINES = ("SAM", "ASAM, official", "ASAM, elementwise", "ASAM, layer")
 CONTENDERS: dict[str, Contender] = {
@@ -77,9 +78,10 @@ CONTENDERS: dict[str, Contender] = {
     "SAM": Contender("SAM", "rho", _RADII),
     "ASAM, official": Contender("ASAM", "rho", _ADAPTIVE, {"operator": "official"}),
     "ASAM, elementwise": Contender("ASAM", "rho", _ADAPTIVE, {"operator": "elementwise"}),
-    "ASAM, layer": Contender("ASAM", "rho", (0.0025, 0.005, 0.01, 0.02, 0.04), {"operator": "layer"}),
-    # The package's defaults, in full; and the ball of the smallest trace, the paper's.
+    "ASAM, layer": Contender("ASAM", "rho", _LAYERS, {"operator": "layer"}),
+    # The package's defaults, in full; the best of the exploration (benchmarks.gauge); the ball of the smallest trace.
     MSSAM: Contender("MSSAM", "rho", _RADII, {**_ROWS, "gauge": 0.5}),
+    "ASAM, layer, at rows": Contender("ASAM", "rho", _LAYERS, {"operator": "layer", **_ROWS}),
     "MSSAM, κ = 0": Contender("MSSAM", "rho", _RADII, {**_ROWS, "gauge": 0.0}),
     "MSRegularizedSGD, trace": Contender(
         "MSRegularizedSGD", "strength", (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), _ROWS, shown="λ"

@@ -67,6 +67,8 @@ VARIANTS: dict[str, Variant] = {
     "ASAM, elementwise": Variant("ASAM", _ELEMENTS, {"operator": "elementwise"}),
     "ASAM, official": Variant("ASAM", _ELEMENTS, {"operator": "official"}),
     "ASAM, elementwise, at rows": Variant("ASAM", _ELEMENTS, {"operator": "elementwise", "rebalance": "rows"}),
+    "MSRegularizedSGD, move": Variant("MSRegularizedSGD", _STRENGTHS, {"rebalance": "move"}, scalar="strength"),
+    "MSRegularizedSGD, rows": Variant("MSRegularizedSGD", _STRENGTHS, {"rebalance": "rows"}, scalar="strength"),
     "MSSAM, metric, κ = 0": Variant("MSSAM", options={"rebalance": "metric", "gauge": 0.0}),
     "MSSAM, move, neurons": Variant("MSSAM", options={"rebalance": "move", "gauge": 0.0, "granularity": "neuron"}),
     "MSSAM, rows, κ = 1, every 10 steps": Variant(
@@ -76,8 +78,6 @@ VARIANTS: dict[str, Variant] = {
     "MSSAM, rows, κ = 1, from step 100 on": Variant("MSSAM", options={"rebalance": "rows", "gauge": 1.0, "start": 100}),
     "MSSAM, rows, κ = 0, exact traces": Variant("MSSAM", options={"rebalance": "rows", "gauge": 0.0, "columns": None}),
     "step normalised (StableSAM), rows, κ = 1": Variant("StableSAM", options={"rebalance": "rows", "gauge": 1.0}),
-    "MSRegularizedSGD, move": Variant("MSRegularizedSGD", _STRENGTHS, {"rebalance": "move"}, scalar="strength"),
-    "MSRegularizedSGD, rows": Variant("MSRegularizedSGD", _STRENGTHS, {"rebalance": "rows"}, scalar="strength"),
 }
 #: Those that are searched on the second row as well, where a training takes longer.
 ON_LENET = (REFERENCE, "SGD", "ASAM, layer", "MSSAM, move, κ = 0", "MSSAM, rows, κ = 0", "MSSAM, rows, κ = 1")
