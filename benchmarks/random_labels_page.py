@@ -12,6 +12,7 @@ from typing import Any
 
 from .harness import Run
 from .ranks import Rank, correlation, mean_correlation
+from .rows import Row
 
 #: A run with a training accuracy of at most this has learned nothing: a tenth or so of the labels is of one class.
 CHANCE = 0.15
@@ -28,6 +29,7 @@ ARCHIVE = {
     ("LeNet", "minimum, layer"): (0.677, 0.677),
     ("LeNet", "normalized"): (0.722, 0.722),
 }
+_SHORT = {"minimum, layer": "minimum sharpness", "normalized": "normalized sharpness"}
 WITHIN = {
     "MLP": {0.1: 0.56, 0.3: 0.73, 0.5: 0.73, 0.7: 0.33, 0.9: 0.04},
     "LeNet": {0.1: -0.11, 0.3: -0.07, 0.5: 0.20, 0.7: 0.20, 0.9: 0.02},
@@ -204,6 +206,36 @@ def verdict(theirs: float, ours: Rank) -> str:
     if ours.low <= theirs <= ours.high:
         return "in our interval"
     return "ours is higher" if ours.low > theirs else "ours is lower"
+
+
+def summary(runs: Sequence[Run]) -> list[Row]:
+    """The correlations that the archive has, and what all measures say within a ratio.
+
+    Args:
+        runs: All lines of one run.
+
+    Returns:
+        Rows of the report.
+    """
+    made = []
+    for network in dict.fromkeys(run["network"] for run in runs):
+        found = points(runs, network)
+        alive = [point for point in found if not point.dead]
+        for (name, measure), (theirs, _) in ARCHIVE.items():
+            if name == network:
+                ours = overall(found, measure)
+                claim = f"{network}: τ(gap, {_SHORT[measure]}), over all ratios"
+                made.append(Row(claim, f"{ours} (n = {ours.n})", verdict(theirs, ours), f"{theirs:.3f} (its archive)"))
+        archive = statistics.fmean(WITHIN[network].values())
+        inside = {measure: within(alive, measure) for measure in MEASURES}
+        ours = "; ".join(f"{measure} {rank}" for measure, rank in inside.items())
+        best = max(inside, key=lambda measure, of=inside: -2.0 if math.isnan(of[measure].value) else of[measure].value)
+        claim = (
+            f"{network}: mean τ within a ratio, without dead runs; the ratio alone has {overall(found, RATIO)} over all"
+        )
+        paper = f"{archive:.2f} for minimum sharpness (its archive, five ratios)"
+        made.append(Row(claim, ours, f"the largest is that of {best}", paper))
+    return made
 
 
 def details(runs: Sequence[Run]) -> list[str]:

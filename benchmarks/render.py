@@ -26,6 +26,10 @@ from typing import Any
 from .harness import RESULTS, Claim, Run, Summary, evaluate, verdict
 
 CUDA_MISSING = "\n## CUDA: not measured\n"
+INCOMPLETE = (
+    "",
+    "**Not complete.** The run was stopped, and goes on with `--resume`: what is not here is not measured yet.",
+)
 
 
 def table(name: str, environment: Mapping[str, Any], runs: Sequence[Run]) -> str:
@@ -56,6 +60,7 @@ def table(name: str, environment: Mapping[str, Any], runs: Sequence[Run]) -> str
         "",
         f"`python -m benchmarks.{name}{option}`: {environment['date']}, {machine}, {versions}, {loads}, commit "
         f"{str(environment['commit'])[:10]}{' with changes' if environment['uncommitted_changes'] else ''}.",
+        *([] if environment.get("complete", True) else INCOMPLETE),
         "",
         *(script.body(runs) if hasattr(script, "body") else claims_table(script.CLAIMS, runs)),
     ]

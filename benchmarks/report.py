@@ -245,6 +245,8 @@ def page(results: Path) -> str:
     missing = [name for name, found in rows.items() if all(row.verdict == "not measured" for row in found)]
     lines += ["", *(f"* {finding}" for finding in FINDINGS)]
     lines += ["", f"Not measured yet: {', '.join(missing)}."] if missing else []
+    halves = [name for name in rows if name != "demo" and _is_stopped(measured_on(name, results))]
+    lines += ["", f"Not complete yet, and what is missing is not measured: {', '.join(halves)}."] if halves else []
     without = [name for name in rows if _takes_cuda(name) and "cuda" not in measured_on(name, results)]
     lines += ["", f"Not measured on a GPU yet: {', '.join(without)}."] if without else []
     lines += ["", "## Figures", "", *_figures(list(rows), results)]
@@ -263,6 +265,11 @@ def _table(*head: str) -> list[str]:
 def _line(*cells: str) -> str:
     """A row of a table."""
     return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+
+
+def _is_stopped(runs: dict[str, Measured]) -> bool:
+    """Whether one of the newest runs of a claim was stopped before its end."""
+    return any(not run.environment.get("complete", True) for run in runs.values())
 
 
 def _takes_cuda(name: str) -> bool:

@@ -187,10 +187,12 @@ def main(
             record(folder, described, trainings.lines + rest)
 
     described.setdefault("hosts", [])
+    described["complete"] = False
     workers = 0 if options.scale == "smoke" and options.workers is None else options.workers
     resources = sweep.Resources.here(workers, threads=1, trials_per_process=float("inf"))
     trainings = Trainings(options.scale, function, resources, keep, known)
     plan(trainings)
+    described["complete"] = True
     keep(trainings)
 
     from .render import table  # the renderer imports the scripts, whose pages it prints
