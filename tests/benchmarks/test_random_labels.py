@@ -13,7 +13,7 @@ from benchmarks import networks, random_labels, random_labels_page
 from benchmarks.ensembles import Training, accuracy, corrupted, train
 from benchmarks.random_labels_page import ARCHIVE, RATIO, Point, overall, verdict, within
 from benchmarks.ranks import Rank, correlation, kendall, mean_correlation
-from benchmarks.render import pages
+from benchmarks.render import figures, pages
 
 
 def images(count=40):
@@ -225,4 +225,5 @@ def test_the_smoke_run_renders_its_page_and_its_figure(tmp_path, capsys):
     assert "| LeNet | minimum, layer | ratio 0.5 | 0.2 | — | 1 | not measured |" in printed  # of a single run
     for network, measure in ARCHIVE:
         assert f"| {network} | {measure} | all runs |" in printed
+    figures("random_labels", tmp_path / "random_labels")
     assert ElementTree.parse(folder / "figure.svg").getroot().tag.endswith("svg")
