@@ -7,7 +7,7 @@ scaled between its layers; T_p = ‖W_p‖ below, d_p entries in W_p:
     adversarial   W_p + r T_p² g_p / √(Σ_q T_q² ‖g_q‖²) ,  g the gradient of the training loss      one step
     bits          W_p rounded to 2^b − 1 levels, symmetric about 0, from −max|W_p| to max|W_p|
     image noise   x + σ z ,  z ~ N(0, I), images as the network sees them (MNIST in [−1, 1]; CIFAR-10 of variance 1)
-    erased        a square of the given share of the side of every image set to its mean
+    erased        a square of the given share of the side of every image set to its mean, channel by channel
 
 Vectors (biases, normalisers) are perturbed by noise like all others and stay as they are when weights are rounded, as
 is usual.
@@ -31,7 +31,7 @@ SIZES: dict[str, tuple[float, ...]] = {
     "image noise": (0.25, 0.5, 1.0),
     "erased": (0.25, 0.5),
 }
-#: Test images that are looked at, training images for the gradient, draws of random weights.
+#: Test images that are looked at, drawn once, the same for all networks; training images for the gradient, draws of random weights.
 TEST, TRAIN, DRAWS = 2_000, 1_000, 3
 
 
@@ -47,15 +47,17 @@ def withstood(model: nn.Module, data: Data, accuracy: Callable[..., float]) -> d
         Corruption → size → accuracy; size 0, the same images without corruption, under ``"none"``.
     """
     draw = torch.Generator().manual_seed(0)
-    x, y = data.test[0][:TEST], data.test[1][:TEST]
+    # At random: CIFAR-10's files are in the order of their classes, and the first ones would be of two of them.
+    shown = torch.randperm(len(data.test[0]), generator=draw)[:TEST].to(data.test[1].device)
+    x, y = data.test[0][shown], data.test[1][shown]
     found: dict[str, dict[str, float]] = {"none": {"0": accuracy(model, x, y)}}
     slope = gradient(model, data.train)
     for name, sizes in SIZES.items():
         cells = found.setdefault(name, {})
         for size in sizes:
             if name in ("image noise", "erased"):
-                shown = noisy(x, size, draw) if name == "image noise" else erased(x, size, draw)
-                cells[f"{size:g}"] = accuracy(model, shown, y)
+                images = noisy(x, size, draw) if name == "image noise" else erased(x, size, draw)
+                cells[f"{size:g}"] = accuracy(model, images, y)
                 continue
             draws = DRAWS if name == "gaussian" else 1
             total = 0.0

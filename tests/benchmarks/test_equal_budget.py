@@ -240,6 +240,22 @@ def test_an_erased_square_has_the_share_of_the_side():
     assert ((shown != x).any(1).sum((1, 2)) == 16).all()
 
 
+def test_what_is_corrupted_is_of_all_classes_though_the_files_come_class_by_class():
+    labels = torch.arange(10).repeat_interleave(500)
+    images = labels[:, None, None, None].expand(-1, 1, 8, 8).float()
+    given = problems.Data((images[:9], labels[:9]), (images[:9], labels[:9]), (images, labels))
+    seen = []
+
+    def accuracy(model, x, y):
+        seen.append(y)
+        return 0.5
+
+    corruptions.withstood(problems.problem_of(ROW, "smoke").build(), given, accuracy)
+    assert all(torch.equal(y, seen[0]) for y in seen) and len(seen[0]) == corruptions.TEST
+    # Of each class 200 are expected, with a standard deviation of 10.4.
+    assert 150 < int(seen[0].bincount().min()) and int(seen[0].bincount().max()) < 250
+
+
 def withstood(name, seed, value):
     result = done(name, seed, withstood={"none": {"0": 0.9}, "gaussian": {"0.1": value}})
     return trials.line_of(result)
