@@ -13,6 +13,7 @@ alone takes two trainings apart.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import ms_optim
-from ms_optim.errors import DivergedError, MsOptimError, SymmetryError
+from ms_optim.errors import DivergedError, SymmetryError
 from ms_optim.symmetry import Group, ScaleGroup
 
 from .problems import Data, Problem
@@ -130,18 +131,6 @@ def distance(found: Tensor, usual: Tensor) -> float:
     return float((found - usual).norm() / usual.norm())
 
 
-def lost(model: nn.Module) -> bool:
-    """Whether a training has left a network without a function.
-
-    Args:
-        model: The network.
-
-    Returns:
-        Whether a parameter is not finite.
-    """
-    return not all(bool(p.isfinite().all()) for p in model.parameters())
-
-
 def trajectory(
     model: nn.Module, settings: Mapping[str, Any], problem: Problem, data: Data, epochs: int, group: Group | None
 ) -> tuple[list[Tensor], bool]:
@@ -165,14 +154,8 @@ def trajectory(
         settings = {**settings, "options": {**settings["options"], "group": group}}
     optimizer = optimizer_in(settings, model, problem, data)
     order, watch = settings["seed"], lambda _: found.append(probabilities(model, watched))
-    try:
+    with contextlib.suppress(DivergedError):
         descend(model, optimizer, data.train, epochs, problem.batch, order, watch)
-    except DivergedError:
-        pass
-    except MsOptimError:
-        # Weights that are not finite have no curvature: a refresh may be the first to say so.
-        if not lost(model):
-            raise
     missing = epochs - len(found)
     return found + missing * [torch.full((len(watched), 10), 0.1, dtype=torch.float64)], missing > 0
 

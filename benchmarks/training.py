@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import ms_optim
-from ms_optim.errors import DivergedError
+from ms_optim.errors import DivergedError, MsOptimError
 
 from .corruptions import withstood
 from .problems import Data, Images, Problem, drawn, problem_of
@@ -72,7 +72,7 @@ def descend(
         watch: Is called after every epoch.
 
     Raises:
-        DivergedError: If the loss is not finite at the end of an epoch.
+        DivergedError: If the loss is not finite at the end of an epoch, or a refresh cannot measure what has diverged.
     """
     x, y = images
     steps = math.ceil(len(x) / batch)
@@ -88,12 +88,35 @@ def descend(
                 loss.backward()
                 return loss
 
-            loss = optimizer.step(closure)  # type: ignore[arg-type]  # torch asks for a float, and documents a tensor
+            try:
+                loss = optimizer.step(closure)  # type: ignore[arg-type]  # torch asks for a float, documents a tensor
+            except MsOptimError as error:
+                # What has diverged has no curvature: a refresh may be the first to say so.  SGD would go on to the end
+                # of the epoch, and both have diverged; a training that failed would be left out of a mean.
+                if not lost(model, x[chosen], y[chosen]):
+                    raise
+                raise DivergedError(f"a refresh in epoch {epoch + 1}: {error}") from error
             schedule.step()
         if not math.isfinite(float(loss.detach())):
             raise DivergedError(f"the loss is {float(loss.detach())} after epoch {epoch + 1}")
         if watch is not None:
             watch(epoch)
+
+
+@torch.no_grad()
+def lost(model: nn.Module, x: Tensor, y: Tensor) -> bool:
+    """Whether a training has left a network without a function.
+
+    Args:
+        model: The network.
+        x: Images.
+        y: Labels.
+
+    Returns:
+        Whether the square of a parameter's norm, or the loss, is not finite.
+    """
+    norms = (torch.linalg.vector_norm(p, dtype=torch.float64) ** 2 for p in model.parameters())
+    return not all(bool(n.isfinite()) for n in norms) or not bool(F.cross_entropy(model(x), y).isfinite())
 
 
 @torch.no_grad()

@@ -89,6 +89,28 @@ def test_a_loss_that_is_not_finite_ends_the_training():
         training.descend(model, optimizer, data.train, 4, 16, 0)
 
 
+@pytest.mark.parametrize("value", [math.nan, 1e200])  # of which the second has a square that is not finite
+def test_a_refresh_that_cannot_measure_what_has_diverged_ends_the_training_alike(value):
+    given = problems.drawn(problems.problem_of(ROW, "smoke"), 0)
+    x, y = given.train[0].double(), given.train[1]
+    model = ms_optim.models.MLP((64, 8, 10)).double()
+    group = ms_optim.scale_symmetries(model, x)
+    with torch.no_grad():
+        next(model.parameters()).fill_(value)
+    optimizer = ms_optim.MSSAM(model, lr=0.1, rho=0.1, group=group)
+    with pytest.raises(DivergedError, match="a refresh in epoch 1: "):
+        training.descend(model, optimizer, (x, y), 2, 16, 0)
+
+
+def test_a_refresh_that_fails_for_another_reason_is_no_divergence():
+    given = problems.drawn(problems.problem_of(ROW, "smoke"), 0)
+    model, other = ms_optim.models.MLP((64, 8, 10)), ms_optim.models.MLP((64, 9, 10))
+    optimizer = ms_optim.MSSAM(model, lr=0.1, rho=0.1, group=ms_optim.scale_symmetries(other, given.train[0]))
+    with pytest.raises(ms_optim.errors.MsOptimError) as caught:
+        training.descend(model, optimizer, given.train, 2, 16, 0)
+    assert not isinstance(caught.value, DivergedError)
+
+
 @pytest.mark.parametrize("name", list(equal_budget.CONTENDERS))
 def test_every_contender_trains(name):
     method = equal_budget.CONTENDERS[name]
