@@ -24,7 +24,7 @@ from ms_optim import sweep
 from ms_optim.demo.report import mean_and_error
 from ms_optim.sweep import Difference, Result, Trial
 
-from . import trials
+from . import equal_budget, trials
 from .harness import Run
 from .rows import Row, compared
 
@@ -174,7 +174,7 @@ def _marked(value: float, tried: Sequence[float]) -> str:
 
 
 def fresh_accuracy(results: Sequence[Result], row: str, contender: str) -> dict[int, float]:
-    """Test accuracy from fresh seeds.
+    """Test accuracy from fresh seeds; a training that diverged has that of chance.
 
     Args:
         results: All.
@@ -184,8 +184,7 @@ def fresh_accuracy(results: Sequence[Result], row: str, contender: str) -> dict[
     Returns:
         Seed → per cent.
     """
-    mine = [r for r in results if (r.trial.problem, r.trial.method, r.trial.stage) == (row, contender, "fresh")]
-    return {int(r.trial.seed): 100 * value for r in mine if (value := r.value("test")) is not None}
+    return equal_budget.accuracies(results, row, contender)
 
 
 def summary(runs: Sequence[Run]) -> list[Row]:

@@ -17,6 +17,7 @@ from typing import Any
 from ms_optim import sweep
 from ms_optim.demo.report import mean_and_error
 from ms_optim.sweep import Difference
+from ms_optim.sweep.trial import DIVERGED
 
 from . import equal_budget, trials
 from .corruptions import SIZES
@@ -63,7 +64,7 @@ def plan(run: trials.Trainings) -> None:
 
 
 def found(runs: Sequence[Run]) -> dict[tuple[str, str, str, str], dict[int, float]]:
-    """Accuracy under corruption.
+    """Accuracy under corruption; a training that diverged has that of chance, as it has without corruption.
 
     Args:
         runs: All lines of one run.
@@ -72,8 +73,11 @@ def found(runs: Sequence[Run]) -> dict[tuple[str, str, str, str], dict[int, floa
         (Row, method, corruption, size) → seed → per cent.
     """
     cells: dict[tuple[str, str, str, str], dict[int, float]] = {}
+    guessed: dict[str, dict[str, float]] = {}
+    for corruption, size in columns():
+        guessed.setdefault(corruption, {})[size] = 0.1
     for run in runs:
-        withstood: Mapping[str, Any] = run.get("withstood", {})
+        withstood: Mapping[str, Any] = guessed if run["status"] == DIVERGED else run.get("withstood", {})
         for corruption, sizes in withstood.items():
             for size, value in sizes.items():
                 cells.setdefault((run["network"], run["contender"], corruption, size), {})[run["round"]] = 100 * value
