@@ -10,6 +10,7 @@ SAM at a size if the paired t-test says so at 5 %, after Holm's correction over 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -183,33 +184,32 @@ def draw(runs: Sequence[Run], path: Any) -> None:
 
 
 def summary(runs: Sequence[Run]) -> list[Row]:
-    """Where MSSAM stands, over all rows and sizes.
+    """Where MSSAM stands, over all rows and sizes: of that many tests a few would say something by chance.
 
     Args:
         runs: All lines of one run.
 
     Returns:
-        A row per corruption.
+        A row per corruption; Holm's correction is over its rows and sizes.
     """
     cells = found(runs)
     rows = list(dict.fromkeys(row for row, *_ in cells))
-    signs = [significant(cells, row) for row in rows]
     made = []
     for corruption, sizes in SIZES.items():
-        apart, above, below, count = [], 0, 0, 0
-        for row, sign in zip(rows, signs, strict=True):
-            for size in sizes:
-                mine = cells.get((row, equal_budget.MSSAM, corruption, f"{size:g}"), {})
-                base = cells.get((row, REFERENCE, corruption, f"{size:g}"), {})
-                apart += [value - base[seed] for seed, value in mine.items() if seed in base]
-                above += sign.get((equal_budget.MSSAM, corruption, f"{size:g}"), 0) > 0
-                below += sign.get((equal_budget.MSSAM, corruption, f"{size:g}"), 0) < 0
-                count += bool(mine)
+        apart = []
+        for row, size in itertools.product(rows, sizes):
+            mine = cells.get((row, equal_budget.MSSAM, corruption, f"{size:g}"), {})
+            base = cells.get((row, REFERENCE, corruption, f"{size:g}"), {})
+            both = [value - base[seed] for seed, value in mine.items() if seed in base]
+            apart += [Difference.of(both)] if both else []
+        p_values = sweep.holm([each.p_t for each in apart])
+        shown = [each.mean for each, p in zip(apart, p_values, strict=True) if math.isfinite(p) and p <= 0.05]
+        above, below = sum(value > 0 for value in shown), sum(value < 0 for value in shown)
         if apart:
-            ours = (
-                f"above in {above}, below in {below} of {count} (row, size); mean {sum(apart) / len(apart):+.2f} points"
-            )
-            word = "better" if above > below else "worse" if below > above else "no difference shown"
+            mean = sum(each.mean for each in apart) / len(apart)
+            ours = f"above in {above}, below in {below} of {len(apart)} (row, size); mean {mean:+.2f} points"
+            word = "better" if above else "worse" if below else "no difference shown"
+            word = "better in some, worse in others" if above and below else word
             made.append(Row(f"MSSAM withstands more than SAM: {_TITLES[corruption].split(',')[0].lower()}", ours, word))
     return made
 

@@ -294,6 +294,25 @@ def test_the_page_of_noise_marks_what_is_above_sam():
     assert signs == {("MSSAM", "gaussian", "0.1"): 1}
 
 
+def test_the_report_says_better_only_where_it_is_so_after_a_correction_for_all_rows_and_sizes():
+    """One of four sizes at p = 0.03 is what chance gives; at p < 0.05 / 4 it is not."""
+
+    def made(first):
+        runs = []
+        for seed, noise in enumerate((-0.02, 0.0, 0.02)):
+            values = {"SAM": dict.fromkeys(("0.1", "0.2", "0.4", "0.8"), 0.5)}
+            values["MSSAM"] = {size: 0.5 + noise for size in values["SAM"]} | {"0.1": 0.5 + first + 0.3 * noise}
+            for name, sizes in values.items():
+                runs.append(trials.line_of(done(name, seed, withstood={"none": {"0": 0.9}, "gaussian": sizes})))
+        (row,) = (row for row in weight_noise.summary(runs) if "gaussian noise on weights" in row.claim)
+        return row.ours.split(";")[0], row.verdict
+
+    # The mean of three differences 0.006 apart is t = mean √3 / 0.006: p = 0.03 at 0.02, and 0.005 at 0.05.
+    assert made(0.02) == ("above in 0, below in 0 of 4 (row, size)", "no difference shown")
+    assert made(0.05) == ("above in 1, below in 0 of 4 (row, size)", "better")
+    assert made(-0.05) == ("above in 0, below in 1 of 4 (row, size)", "worse")
+
+
 def test_cost_is_relative_to_sgd_and_counts_gradients():
     asked = {"cost": {"SGD": ["SGD", {}], "SAM": ["SAM", {}]}, "problem": ROW, "scale": "smoke", "seed": 0}
     found = cost.measured(asked)["methods"]
