@@ -317,8 +317,12 @@ def record(folder: Path, described: Mapping[str, Any], runs: Sequence[Run]) -> N
         runs: All lines.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "environment.json").write_text(json.dumps(described, indent=2) + "\n")
-    (folder / "runs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
+    texts = {"environment.json": json.dumps(described, indent=2) + "\n"}
+    texts["runs.jsonl"] = "".join(json.dumps(run) + "\n" for run in runs)
+    for name, text in texts.items():
+        # All or nothing: who is interrupted here has the lines of before.
+        (folder / f"{name}.new").write_text(text, encoding="utf-8")
+        (folder / f"{name}.new").replace(folder / name)
 
 
 def main(

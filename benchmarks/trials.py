@@ -3,7 +3,9 @@
 Such a script has a function that trains once, and a plan that says which trainings are wanted, in stages if later ones
 depend on earlier ones.  They run in processes of one thread each (:mod:`ms_optim.sweep`).  After every training
 ``runs.jsonl`` is written anew, one line per training with all that it was called with and all that came of it, so that
-what was stopped goes on, in the same folder, with ``--resume``; tables are made of these lines alone.
+what was stopped goes on, in the same folder, with ``--resume``; tables are made of these lines alone.  A run never
+overwrites another one, ``environment.json`` says when and at which commit it went on, and lines that the plan does not
+ask for any more, since settings have changed, are put aside into ``not_asked_for.jsonl``.
 
 Scales: ``smoke``, a minute at most, to see that it runs; ``cpu``, what is committed; ``paper``, the size of the
 published experiments, for a GPU, where the script has one.
@@ -73,7 +75,7 @@ class Trainings:
 
     Attributes:
         scale: The one that was asked for.
-        results: All so far, in the order in which they ended.
+        results: All so far, in the order in which they ended; what several stages ask for is there once.
         hosts: The machines they ran on, each once.
     """
 
@@ -88,6 +90,7 @@ class Trainings:
         self.scale, self._function, self._resources, self._keep = scale, function, resources, keep
         self._known: dict[str, Result] = {}
         self.results: list[Result] = []
+        self._shown: set[tuple[str, ...]] = set()
         self.hosts: list[dict[str, Any]] = []
         self.remember(known)
 
@@ -131,13 +134,42 @@ class Trainings:
 
     def _add(self, result: Result) -> None:
         """Take a result into the lines."""
-        self.results.append(result)
-        self._keep(self)
+        trial = result.trial
+        name = (trial.problem, trial.method, trial.stage, canonical(trial.settings))
+        if name not in self._shown:
+            self._shown.add(name)
+            self.results.append(result)
+            self._keep(self)
 
     @property
     def lines(self) -> list[Run]:
         """A line per training."""
         return [line_of(result) for result in self.results]
+
+
+def _read(folder: Path, name: str, scale: str) -> tuple[list[Run], dict[str, Any]]:
+    """Read a run that is to go on.
+
+    Args:
+        folder: Its folder.
+        name: The claim whose run it has to be.
+        scale: The scale that it has to have.
+
+    Returns:
+        Its lines, its environment.
+
+    Raises:
+        OSError: If there is no run.
+        ValueError: If it is another claim's, or of another scale.
+    """
+    lines = [json.loads(line) for line in (folder / "runs.jsonl").read_text(encoding="utf-8").splitlines()]
+    described = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    if folder.resolve().parent.name != name:
+        raise ValueError(f"a run of {folder.resolve().parent.name}, and {name} was called")
+    scales = {line["settings"].get("scale", scale) for line in lines}
+    if scales - {scale}:
+        raise ValueError(f"a run with --scale {', '.join(sorted(scales))}, and --scale {scale} was asked for")
+    return lines, described
 
 
 def main(
@@ -174,17 +206,27 @@ def main(
     known: list[Run] = []
     if options.resume is not None:
         folder = options.resume
-        known = [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
-        described = json.loads((folder / "environment.json").read_text())
+        try:
+            known, before = _read(folder, name, options.scale)
+        except (OSError, ValueError) as error:
+            parser.error(f"--resume {folder}: {error}")
+        now = {key: described[key] for key in ("date", "commit", "uncommitted_changes", "torch")}
+        described = before | {"resumed": [*before.get("resumed", []), now]}
+    elif folder is not None and (folder / "runs.jsonl").exists():
+        parser.error(f"{folder} holds a run of today: go on with it by --resume {folder}, or move it away")
 
-    def keep(trainings: Trainings) -> None:
+    def keep(trainings: Trainings, complete: bool = False) -> None:
         described["load_average_after"] = round(os.getloadavg()[0], 2)
         described["hosts"] = described.get("hosts", []) + [h for h in trainings.hosts if h not in described["hosts"]]
         if folder is not None:
             # What is known and was not asked for yet stays in the file: a second interruption loses nothing.
             asked = {canonical(result.trial.settings) for result in trainings.results}
             rest = [line for line in known if canonical(line["settings"]) not in asked]
-            record(folder, described, trainings.lines + rest)
+            if complete and rest:
+                with (folder / "not_asked_for.jsonl").open("a", encoding="utf-8") as aside:
+                    aside.writelines(json.dumps(line) + "\n" for line in rest)
+                print(f"{len(rest)} lines of other settings were put aside into {folder / 'not_asked_for.jsonl'}")
+            record(folder, described, trainings.lines + ([] if complete else rest))
 
     described.setdefault("hosts", [])
     described["complete"] = False
@@ -193,7 +235,7 @@ def main(
     trainings = Trainings(options.scale, function, resources, keep, known)
     plan(trainings)
     described["complete"] = True
-    keep(trainings)
+    keep(trainings, complete=True)
 
     from .render import table  # the renderer imports the scripts, whose pages it prints
 

@@ -15,6 +15,8 @@ from ms_optim.sweep import Resources, Result, Trial
 
 ROW = "MNIST 2,000, 20 % noise, MLP"
 HERE = Resources(0)
+# Without its own scalar no line is one of the exploration.
+MOMENTUM = {"momentum": 0.8}
 
 
 @pytest.fixture(autouse=True)
@@ -196,10 +198,10 @@ def test_an_interrupted_run_goes_on_in_its_folder(tmp_path):
     equal = ["--scale", "smoke", "--out", str(tmp_path)]
 
     def one(run):
-        run([Trial(settings_of(seed=0), "SGD", ROW)])
+        run([Trial(settings_of(seed=0, options=MOMENTUM), "SGD", ROW)])
 
     def two(run):
-        run([Trial(settings_of(seed=seed), "SGD", ROW) for seed in (0, 1)])
+        run([Trial(settings_of(seed=seed, options=MOMENTUM), "SGD", ROW) for seed in (0, 1)])
 
     trials.main(None, "gauge", "benchmarks.training:trained", one, equal)
     (folder,) = (tmp_path / "gauge").iterdir()
@@ -207,7 +209,48 @@ def test_an_interrupted_run_goes_on_in_its_folder(tmp_path):
     trials.main(None, "gauge", "benchmarks.training:trained", two, ["--scale", "smoke", "--resume", str(folder)])
     after = (folder / "runs.jsonl").read_text().splitlines()
     assert len(before) == 1 and len(after) == 2 and after[0] == before[0]
-    assert json.loads((folder / "environment.json").read_text())["hosts"]
+    described = json.loads((folder / "environment.json").read_text())
+    assert described["hosts"] and [sorted(each) for each in described["resumed"]] == [
+        ["commit", "date", "torch", "uncommitted_changes"]
+    ]
+    assert sorted(path.name for path in folder.iterdir()) == ["environment.json", "runs.jsonl"]
+
+    # With other settings the former training is no result any more, and is not lost.
+    trials.main(None, "gauge", "benchmarks.training:trained", one, ["--scale", "smoke", "--resume", str(folder)])
+    assert (folder / "runs.jsonl").read_text().splitlines() == after[:1]
+    assert (folder / "not_asked_for.jsonl").read_text().splitlines() == after[1:]
+
+
+def test_a_run_is_not_overwritten_nor_mixed_with_another(tmp_path, capsys):
+    def one(run):
+        run([Trial(settings_of(seed=0, options=MOMENTUM), "SGD", ROW)])
+
+    def never(run):
+        raise AssertionError("it has begun")
+
+    trials.main(None, "gauge", "benchmarks.training:trained", one, ["--scale", "smoke", "--out", str(tmp_path)])
+    (folder,) = (tmp_path / "gauge").iterdir()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    resume = ["--resume", str(folder)]
+    for name, given, word in (
+        ("gauge", ["--scale", "smoke", "--out", str(tmp_path)], "go on with it by --resume"),
+        ("equal_budget", ["--scale", "smoke", *resume], "a run of gauge, and equal_budget was called"),
+        ("gauge", ["--scale", "cpu", *resume], "a run with --scale smoke, and --scale cpu was asked for"),
+        ("gauge", ["--scale", "smoke", "--resume", str(tmp_path / "gauge")], "No such file"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            trials.main(None, name, "benchmarks.training:trained", never, given)
+        assert word in " ".join(capsys.readouterr().err.split())
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_what_two_stages_ask_for_is_trained_and_kept_once():
+    kept = []
+    run = trials.Trainings("smoke", "benchmarks.training:trained", HERE, lambda runs: kept.append(len(runs.lines)))
+    wanted = [Trial(settings_of(), "SGD", ROW)]
+    assert run(wanted)[0].outcome == run(wanted)[0].outcome and kept == [1]
+    run([Trial(settings_of(), "SGD", ROW, "fresh")])  # by another name it is another line
+    assert kept == [1, 2]
 
 
 @given(st.integers(2, 8), st.integers(0, 2**16))
