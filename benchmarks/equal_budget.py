@@ -3,7 +3,8 @@ r"""Accuracy at equal budget: SGD, SAM, three ASAMs, MSSAM, MSRegularizedSGD, RS
 *Search.*  Learning rate and weight decay are searched on SGD (three times two values).  At what is best there every
 method searches its own scalar (five values: ρ; λ; momentum for SGD, which has no other), and then, at the best of
 those, the learning rate a factor 3 up and down and the other weight decay.  Two seeds each, chosen by accuracy on 5,000
-held-out images whose labels are as noisy as the ones that are trained on.  A choice at the edge of its grid is marked.
+held-out images whose labels are as noisy as the ones that are trained on.  A scalar or a learning rate at the edge of
+what the method has tried is marked.
 
 *Judgement.*  The chosen setting is trained from six fresh seeds, each of which draws images, noise, held-out part,
 weights and order, the same for all methods, and the test images are looked at once.  Differences are taken seed by seed
@@ -217,7 +218,8 @@ def chosen_text(choice: Choice) -> str:
     """
     settings, method = choice.setting.settings, CONTENDERS[choice.setting.method]
     mark = " (edge)" if sweep.at_edge(scalar(choice), method.values) else ""
-    return f"{method.shown} {scalar(choice):g}{mark}, lr {settings['lr']:.3g}, wd {settings['weight_decay']:g}"
+    rate = f"{settings['lr']:.3g}{' (edge)' if 'lr' in choice.edges else ''}"
+    return f"{method.shown} {scalar(choice):g}{mark}, lr {rate}, wd {settings['weight_decay']:g}"
 
 
 def accuracies(results: Sequence[Result], row: str, name: str) -> dict[int, float]:

@@ -107,7 +107,7 @@ def mean_correlation(groups: Sequence[tuple[Sequence[float], Sequence[float], Se
     means = without.nanmean(0)
     error = math.sqrt((count - 1) / count * float((means - means.mean()).square().sum()))
     # In perfect order no seed makes a difference, and nothing is known of the spread.
-    if math.isnan(error) or error == 0.0:
+    if count < 3 or math.isnan(error) or error == 0.0:
         return Rank(value, math.nan, math.nan, n)
     reach = float(scipy.stats.t.ppf((1 + LEVEL) / 2, count - 1)) * error
     return Rank(value, max(value - reach, -1.0), min(value + reach, 1.0), n)

@@ -121,10 +121,10 @@ def test_every_contender_trains(name):
     assert 0.0 <= equal_budget.trained(trial.settings)["train"] <= 1.0
 
 
-def done(name, seed, stage="fresh", held_out=0.5, status="finished", value=None, **outcome):
+def done(name, seed, stage="fresh", held_out=0.5, status="finished", value=None, lr=0.05, **outcome):
     method = equal_budget.CONTENDERS[name]
     value = method.values[2] if value is None else value
-    trial = equal_budget.trial(ROW, name, 0.05, 5e-4, value, seed, "cpu", stage)
+    trial = equal_budget.trial(ROW, name, lr, 5e-4, value, seed, "cpu", stage)
     return Result(trial, status, {"held_out": held_out, **outcome}, seconds=1.0)
 
 
@@ -155,7 +155,10 @@ def test_an_edge_of_a_grid_is_marked():
     results = [done("SAM", 1_000, "tuning", held_out=0.4 + 0.1 * i, value=v) for i, v in enumerate((0.24, 0.48))]
     results += [done("SAM", 0, test=0.9, value=0.48), done("SAM", 1, test=0.8, value=0.48)]
     page = "\n".join(equal_budget.body([trials.line_of(result) for result in results]))
-    assert "ρ 0.48 (edge)" in page
+    assert "ρ 0.48 (edge), lr 0.05, wd" in page
+    results += [done("SAM", 1_000, "tuning", held_out=0.4 + lr, value=0.48, lr=lr) for lr in (0.05 / 3, 0.15)]
+    page = "\n".join(equal_budget.body([trials.line_of(result) for result in results]))
+    assert "ρ 0.48 (edge), lr 0.15 (edge), wd" in page
 
 
 def test_the_stages_of_a_row_search_what_the_protocol_says(monkeypatch):

@@ -123,6 +123,8 @@ def test_intervals_of_order_and_of_its_absence():
     assert (same.value, same.n, str(same)) == (1.0, 50, "1.00")  # no seed makes a difference
     chance = correlation(x, torch.rand(50).tolist(), seeds)
     assert chance.low < 0.0 < chance.high and chance.low < chance.value < chance.high
+    few = correlation(x[:10], torch.rand(10).tolist(), seeds[:10])  # of two seeds
+    assert math.isnan(few.low) and not math.isnan(few.value)
     nothing = mean_correlation([])
     assert math.isnan(nothing.value) and str(nothing) == "—"
 
