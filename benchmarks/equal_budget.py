@@ -67,7 +67,9 @@ class Contender:
 _RADII = (0.03, 0.06, 0.12, 0.24, 0.48)
 _ADAPTIVE = (0.25, 0.5, 1.0, 2.0, 4.0)
 _LAYERS = (0.0025, 0.005, 0.01, 0.02, 0.04)
-_ROWS = {"rebalance": "rows"}
+# Options in full, defaults included: a training is its settings, whatever the package's defaults will be.
+_ROWS = {"rebalance": "rows", "refresh_every": 100, "columns": 2}
+_TRACE = {**_ROWS, "gauge": 0.0, "gradient": "trace"}
 SGD, LONGER, MSSAM = "SGD", "SGD, twice the epochs", "MSSAM"
 #: Those that the report has a row for; the others are there if they did not work.
 SHOWN = (LONGER, MSSAM, "MSSAM, κ = 0", "ASAM, layer, at rows", "MSRegularizedSGD, trace", "MSRegularizedSGD, noise")
@@ -77,21 +79,21 @@ CONTENDERS: dict[str, Contender] = {
     SGD: Contender("SGD", "momentum", (0.0, 0.5, 0.8, 0.9, 0.95), shown="momentum"),
     LONGER: Contender("SGD", "momentum", (0.0, 0.5, 0.8, 0.9, 0.95), epochs=2, shown="momentum"),
     "SAM": Contender("SAM", "rho", _RADII),
-    "ASAM, official": Contender("ASAM", "rho", _ADAPTIVE, {"operator": "official"}),
+    "ASAM, official": Contender("ASAM", "rho", _ADAPTIVE, {"operator": "official", "eta": 0.01}),
     "ASAM, elementwise": Contender("ASAM", "rho", _ADAPTIVE, {"operator": "elementwise"}),
     "ASAM, layer": Contender("ASAM", "rho", _LAYERS, {"operator": "layer"}),
     # The package's defaults, in full; the best of the exploration (benchmarks.gauge); the ball of the smallest trace.
     MSSAM: Contender("MSSAM", "rho", _RADII, {**_ROWS, "gauge": 0.5}),
-    "ASAM, layer, at rows": Contender("ASAM", "rho", _LAYERS, {"operator": "layer", **_ROWS}),
+    "ASAM, layer, at rows": Contender("ASAM", "rho", _LAYERS, {"operator": "layer", **_ROWS, "gauge": 0.0}),
     "MSSAM, κ = 0": Contender("MSSAM", "rho", _RADII, {**_ROWS, "gauge": 0.0}),
     "MSRegularizedSGD, trace": Contender(
-        "MSRegularizedSGD", "strength", (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), _ROWS, shown="λ"
+        "MSRegularizedSGD", "strength", (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), _TRACE, shown="λ"
     ),
     "MSRegularizedSGD, noise": Contender(
-        "MSRegularizedSGD", "strength", (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), {**_ROWS, "gradient": "noise"}, shown="λ"
+        "MSRegularizedSGD", "strength", (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), {**_TRACE, "gradient": "noise"}, shown="λ"
     ),
     "RSAM": Contender("RSAM", "rho", (0.1, 0.2, 0.4, 0.8, 1.6), {"order": 1.2}),
-    "FrobSAM": Contender("FrobSAM", "strength", (1e-5, 1e-4, 1e-3, 3e-3, 1e-2), {"rho": 0.01}, shown="λ"),
+    "FrobSAM": Contender("FrobSAM", "strength", (1e-5, 1e-4, 1e-3, 3e-3, 1e-2), {"rho": 0.01, "samples": 2}, shown="λ"),
 }
 
 

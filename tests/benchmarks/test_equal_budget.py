@@ -121,6 +121,16 @@ def test_every_contender_trains(name):
     assert 0.0 <= equal_budget.trained(trial.settings)["train"] <= 1.0
 
 
+def test_mssam_is_that_of_the_package_s_defaults():
+    """The trainings name their options in full; where a default changes, this comparison is of another optimizer."""
+    model = ms_optim.models.MLP((4, 3, 2))
+    for optimizer, name in ((ms_optim.MSSAM, "MSSAM"), (ms_optim.MSRegularizedSGD, "MSRegularizedSGD, trace")):
+        named, default = optimizer(model, **equal_budget.CONTENDERS[name].options), optimizer(model)
+        for what in ("rebalance", "every", "columns", "gauge", "granularity"):
+            assert getattr(named.representative, what) == getattr(default.representative, what), what
+        assert getattr(named, "gradient", None) == getattr(default, "gradient", None)
+
+
 def done(name, seed, stage="fresh", held_out=0.5, status="finished", value=None, lr=0.05, **outcome):
     method = equal_budget.CONTENDERS[name]
     value = method.values[2] if value is None else value
