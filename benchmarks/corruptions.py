@@ -31,7 +31,8 @@ SIZES: dict[str, tuple[float, ...]] = {
     "image noise": (0.25, 0.5, 1.0),
     "erased": (0.25, 0.5),
 }
-#: Test images that are looked at, drawn once, the same for all networks; training images for the gradient, draws of random weights.
+#: Test images that are looked at, drawn once for all networks, training images for the gradient, draws of random
+#: weights.
 TEST, TRAIN, DRAWS = 2_000, 1_000, 3
 
 

@@ -228,10 +228,11 @@ def _balance(found: Classes, c: Vector, n: Vector, gauge: float) -> Balance:
 
 
 def row_balance(model: nn.Module, group: ScaleGroup) -> Tensor:
-    r"""Where the rows of all layers have the same size, which is where usual initialisations put them.
+    r"""Where the rows of all layers have one size, or as nearly as biases and residual sums let them.
 
-    The minimiser of :math:`\log \sum_{g∉F} (N_g/R_g) e^{2a_g}` and of the pins of the scale-free classes: J_1 with mean
-    squares of rows in the place of squared norms.  Needs no data, and is one canonical representative of the whole
+    That is where the usual initialisations put a chain of layers: the minimiser of
+    :math:`\log \sum_{g∉F} (N_g/R_g) e^{2a_g}` and of the pins of the scale-free classes, J_1 with mean squares of rows
+    in the place of squared norms.  Needs no data, and is one canonical representative of the whole
     equivalence class, as the minimiser of every J_κ is.
 
     Args:

@@ -1,7 +1,8 @@
 """Catalogue: every optimizer with its formula, cost, invariances and source, as the README's table shows it.
 
 Invariance is that of a step's perturbation or penalty under rescalings that leave the function unchanged, with the
-defaults; ``rebalance="move"`` makes all of them (perturbation and descent) invariant under the layer-wise ones.
+defaults; ``rebalance="rows"`` and ``"move"`` make all of them (perturbation and descent) invariant under the layer-wise
+ones.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Row:
 
 OPTIMIZERS: dict[str, Row] = {
     "MSSAM": Row(
-        "ε_p = ρ w_p g_p / √(Σ w_q ‖g_q‖²), w = α*⁻²", "2", "layers, or single units", "2106.12612, 2010.01412"
+        "ε_p = ρ w_p g_p / √(Σ w_q ‖g_q‖²), w = α⁻²", "2", "layers, or single units", "2106.12612, 2010.01412"
     ),
     "MSRegularizedSGD": Row(
         "g + λ ∇ min_α Σ c_p / α_p², or the gradient at W + z, z ~ N(0, 2 λ w)",

@@ -11,9 +11,9 @@ state, at every refresh, to where the rows of all layers have one size, as at th
 from there; ``"move"`` rescales them to the representative itself, where w = 1.  With either the descent is scale-free
 as well: from every equivalent start the network follows the same trajectory in function space.
 
-Defaults were chosen on MNIST with noisy labels (``benchmarks/results/gauge``): the perturbed network is that of the
-same ball with "rows" and with "move", but descent at the representative wants other learning rates than the usual ones
-and reaches less.
+Defaults were chosen on one development row, an MLP on MNIST with noisy labels (``benchmarks/results/gauge``): the
+perturbed network is that of the same ball with "rows" and with "move", and at every κ descent from the rows reached a
+little more; at κ = ½ and 1 by less than the errors.
 
 Source: arXiv 2106.12612, Thm 1, for α*; arXiv 2010.01412 for the ascent.
 """

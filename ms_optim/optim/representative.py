@@ -105,7 +105,7 @@ class Representative(Part):
             hook(group, t)
 
     def refresh(self, model: nn.Module, batch: Batch, before: Snapshot | None = None) -> Balance | NeuronBalance | None:
-        """Find the representative of a model, and go there with ``"move"``; an exception changes nothing.
+        """Find the representative of a model, and rescale with ``"move"`` or ``"rows"``; an exception changes nothing.
 
         Args:
             model: The plain module.

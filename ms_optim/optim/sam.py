@@ -1,7 +1,7 @@
 r"""SAM: descend along the gradient at the worst nearby point, ε = ρ M g / √⟨g, M g⟩ in a diagonal metric M.
 
     SAM      M = 1              the ball of radius ρ around the weights
-    MSSAM    M = w = α*^{-2}    the ball around the α*-balanced representative, in today's coordinates
+    MSSAM    M = w = α^{-2}     the ball around the balanced representative, in today's coordinates
     ASAM     M = T_W²           the ball that grows with the weights
 
 One global norm; a parameter group's ρ multiplies its part of ε.

@@ -156,7 +156,7 @@ class Watcher(Wrapper):
         return isinstance(self.m, int) or (own and not gradient_pass.descends)
 
     def refresh(self, inputs: Any) -> Balance | NeuronBalance | None:
-        """Find the representative now: discover (once), trace, solve, and with ``"move"`` rescale.
+        """Find the representative now: discover (once), trace, solve, and with ``"move"`` or ``"rows"`` rescale.
 
         Disturbs neither modes, BatchNorm's statistics (beyond their covariant rescaling), nor the random streams.
 

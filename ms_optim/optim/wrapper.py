@@ -73,7 +73,7 @@ class Wrapper(Optimizer):
 
     @property
     def rebalance(self) -> Rebalance:
-        """``"move"``, ``"metric"`` or ``None``."""
+        """``"rows"``, ``"move"``, ``"metric"`` or ``None``."""
         return self.representative.rebalance
 
     @property

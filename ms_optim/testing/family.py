@@ -4,8 +4,8 @@ r"""Family: the optimizers of this package as subjects, with the norm in which e
     ASAM                   ‖T_W^{-1} ε‖,   T = |W| + η on weights, 1 elsewhere (official); |W| (elementwise)
     rebalance="metric"     the same at the representative: of α ε, and T_{αW}
 
-An optimizer with ``rebalance="move"`` takes its first step from another, equivalent point, and is at rest after that:
-the next refresh is far away.
+An optimizer with ``rebalance="move"`` or ``"rows"`` takes its first step from another, equivalent point, and is at rest
+after that: the next refresh is far away.
 """
 
 from __future__ import annotations

@@ -245,14 +245,14 @@ def test_a_run_is_not_overwritten_nor_mixed_with_another(tmp_path, capsys):
     (folder,) = (tmp_path / "gauge").iterdir()
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     resume = ["--resume", str(folder)]
-    for name, given, word in (
+    for name, options, word in (
         ("gauge", ["--scale", "smoke", "--out", str(tmp_path)], "go on with it by --resume"),
         ("equal_budget", ["--scale", "smoke", *resume], "a run of gauge, and equal_budget was called"),
         ("gauge", ["--scale", "cpu", *resume], "a run with --scale smoke, and --scale cpu was asked for"),
         ("gauge", ["--scale", "smoke", "--resume", str(tmp_path / "gauge")], "No such file"),
     ):
         with pytest.raises(SystemExit, match="2"):
-            trials.main(None, name, "benchmarks.training:trained", never, given)
+            trials.main(None, name, "benchmarks.training:trained", never, options)
         assert word in " ".join(capsys.readouterr().err.split())
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
