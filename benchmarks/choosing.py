@@ -166,7 +166,8 @@ def summary(runs: Sequence[Run]) -> list[Row]:
             continue
         theirs, mine = sam[best(sam)], ours[best(ours)]
         apart = [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
-        claim = f"digits with noisy labels, {network}: MSSAM's accuracy over SAM's, in points, each at its best ρ"
+        ours_is = "MSSAM (move, κ = 0)"
+        claim = f"digits with noisy labels, {network}: {ours_is}, accuracy over SAM's, in points, each at its best ρ"
         rows.append(Row(claim, *compared(apart)))
     return rows
 

@@ -165,7 +165,13 @@ def body(runs: Sequence[Run]) -> list[str]:
         own = _marked(scalar(setting, contender), VARIANTS[contender].values)
         cells = [row, contender, _marked(setting["lr"], RATES), own]
         lines.append(f"| {' | '.join([*cells, f'{mean:.2f} ± {error:.2f}', text, str(len(mine))])} |")
-    return lines
+    missing = [
+        f"{contender} ({row})"
+        for row, contenders in ROWS.items()
+        for contender in contenders
+        if not fresh_accuracy(results, row, contender)
+    ]
+    return lines + (["", f"Not measured: {'; '.join(missing)}."] if missing else [])
 
 
 def _marked(value: float, tried: Sequence[float]) -> str:
