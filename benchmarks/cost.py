@@ -73,7 +73,8 @@ def prepared(settings: Mapping[str, Any], name: str, options: Mapping[str, Any])
     """
     torch.set_num_threads(1)
     problem, data = read(settings)
-    often = {"refresh_every": STEPS} if name in ("MSSAM", "MSRegularizedSGD") else {}
+    balanced = name in ("MSSAM", "MSRegularizedSGD") or options.get("rebalance") is not None
+    often = {"refresh_every": STEPS} if balanced else {}
     steps = stepping(problem, data, name, {**options, **often})
     steps()  # pays for imports and for what is allocated once
     return steps

@@ -375,6 +375,18 @@ def test_cost_is_relative_to_sgd_and_counts_gradients():
     assert found["SGD"]["ratio"] == 1.0 and found["SGD"]["gradients"] == 1.0 and found["SAM"]["gradients"] == 2.0
 
 
+@pytest.mark.parametrize("name", [name for name, method in equal_budget.CONTENDERS.items() if method.epochs == 1])
+def test_a_refresh_is_in_the_memory_of_whatever_is_balanced(name, monkeypatch):
+    asked = []
+    monkeypatch.setattr(cost, "stepping", lambda problem, data, name, options: asked.append(options) or (lambda: 0))
+    method = equal_budget.CONTENDERS[name]
+    monkeypatch.setattr(cost.torch, "set_num_threads", lambda count: None)
+    cost.prepared({"problem": ROW, "scale": "smoke", "seed": 0}, method.optimizer, method.options)
+    optimizer = training.optimizer_of(ms_optim.models.MLP((4, 3, 2)), method.optimizer, 0.1, 0.0, asked[0])
+    balanced = getattr(optimizer, "rebalance", None) is not None
+    assert balanced == (asked[0].get("refresh_every") == cost.STEPS)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:MSSAM was dropped", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_every_variant_of_the_gauge_trains():
