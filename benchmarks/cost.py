@@ -4,7 +4,8 @@ Methods run in random order in every round, ratios are taken within a round (:mo
 is the number: a round is ten steps, there are ten rounds, and a representative is found anew every hundred steps, so
 that its share of the cost is in the mean and would not be in the median.
 
-Memory is the peak of a process of its own above model and images, over ten steps of which one has a refresh.
+Memory is the peak of a process of its own above model, images and what the optimizer keeps from step to step, such as
+momentum, over ten steps of which one has a refresh.
 """
 
 from __future__ import annotations

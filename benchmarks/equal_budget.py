@@ -14,7 +14,8 @@ of SAM and the ASAMs *on the test images*, a choice in their favour.
 *Rows.*  Two are for development: defaults and grids were chosen by looking at them.  On the other four nothing was.
 
 *Budget.*  Epochs are equal.  SGD is there with twice the epochs as well, which is what SAM's two passes cost; the last
-columns say what a step takes in units of one of SGD's, and what memory is used above model and images, on this machine.
+columns say what a step takes in units of one of SGD's, and what memory it uses above model, images and momentum, on
+this machine.
 
 *Weight noise.*  What the networks of the fresh seeds withstand is a page of its own (:mod:`benchmarks.weight_noise`).
 

@@ -283,7 +283,7 @@ def environment(threads: int, device: str = "cpu") -> dict[str, Any]:
 
     versions = {}
     for package in (
-        *("timm", "numpy", "scipy", "backpack-for-pytorch", "curvlinops-for-pytorch", "PyHessian"),
+        *("timm", "numpy", "scipy", "pillow", "backpack-for-pytorch", "curvlinops-for-pytorch", "PyHessian"),
         "pytorch_optimizer",
     ):
         try:
