@@ -405,8 +405,8 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     size = (4 * len(PANELS), 8)
     figure, panels = pyplot.subplots(2, len(PANELS), figsize=size, sharex="col", squeeze=False, layout="constrained")
     handles: dict[str, Any] = {}
-    # One colour for an optimizer, whatever it rescales: ten, which matplotlib has, and black and grey.
-    tones = [*(f"C{i}" for i in range(10)), "black", "grey"]
+    # One colour for an optimizer, whatever it rescales: ten, which matplotlib has, and black and gold.
+    tones = [*(f"C{i}" for i in range(10)), "black", "gold"]
     colours = dict(zip((name for name in CONTENDERS if name not in _COARSE), tones, strict=True))
     for column, (row, granularity) in enumerate(PANELS):
         upper, lower = panels[0][column], panels[1][column]
