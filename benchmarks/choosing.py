@@ -27,7 +27,7 @@ import ms_optim
 from ms_optim.demo import training
 
 from .harness import RESULTS, Run, environment, folder_name, record
-from .rows import Row, compared, mean
+from .rows import Row, compared, mean, seed_by_seed
 
 LABEL_NOISE = 0.2
 RHO = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
@@ -165,10 +165,9 @@ def summary(runs: Sequence[Run]) -> list[Row]:
         if not sam or not ours:
             continue
         theirs, mine = sam[best(sam)], ours[best(ours)]
-        apart = [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
         ours_is = "MSSAM (move, κ = 0)"
         claim = f"digits with noisy labels, {network}: {ours_is}, accuracy over SAM's, in points, each at its best ρ"
-        rows.append(Row(claim, *compared(apart)))
+        rows.append(Row(claim, *compared(seed_by_seed(mine, theirs))))
     return rows
 
 

@@ -7,14 +7,13 @@ the ``results.json`` that it leaves.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ms_optim.demo import report
 from ms_optim.demo.training import STARTS, Outcome, Run
 
-from .rows import Row, compared
+from .rows import Row, compared, seed_by_seed
 
 COMMAND = "python -m ms_optim.demo"
 
@@ -69,7 +68,7 @@ def summary(folder: Path) -> list[Row]:
             if outcome.run.model == model:
                 of = accuracy.setdefault(outcome.run.optimizer, {start: {} for start in STARTS})
                 of[outcome.run.start][outcome.run.seed] = 100 * outcome.test_accuracy
-        found = {name: compared(_apart(of[rescaled], of[usual])) for name, of in accuracy.items()}
+        found = {name: compared(seed_by_seed(of[rescaled], of[usual])) for name, of in accuracy.items()}
         said: dict[str, list[str]] = {}
         for name, (_, word) in found.items():
             said.setdefault(_WORDS.get(word, "changed"), []).append(name)
@@ -81,13 +80,8 @@ def summary(folder: Path) -> list[Row]:
             )
         )
         claim = f"digits, {model}: accuracy of MSSAM (move, κ = 0) over SAM's from the usual start, in points"
-        rows.append(Row(claim, *compared(_apart(accuracy["MSSAM"][usual], accuracy["SAM"][usual]))))
+        rows.append(Row(claim, *compared(seed_by_seed(accuracy["MSSAM"][usual], accuracy["SAM"][usual]))))
     return rows
 
 
 _WORDS = {"the same": "the same", "no difference shown": "no change shown"}
-
-
-def _apart(ours: Mapping[int, float], theirs: Mapping[int, float]) -> list[float]:
-    """Differences, seed by seed."""
-    return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]

@@ -34,6 +34,7 @@ from ms_optim.reference.curvature import paper_diagonals
 
 from . import harness, networks
 from .contenders import PASS, training_pass
+from .figure import pyplot, save
 from .harness import Claim, Run, Summary, evaluate, timed
 from .rows import NOTHING, Row
 
@@ -232,13 +233,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         runs: All lines of one run.
         path: Where to write the figure.
     """
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "ms_optim"  # the same numbers give the same file
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, len(NETWORKS), figsize=(11, 4.2), sharey=True, squeeze=False)
+    figure, panels = pyplot().subplots(1, len(NETWORKS), figsize=(11, 4.2), sharey=True, squeeze=False)
     for panel, network in zip(panels[0], NETWORKS, strict=True):
         found = points(runs, network)
         for kind in dict.fromkeys(name.split(": ")[0] for name, *_ in found):
@@ -251,8 +246,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     panels[0][0].set_ylabel("relative error of the diagonal")
     panels[0][-1].legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
+    save(figure, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -36,7 +36,7 @@ from ms_optim.sweep import Choice, Difference, Result, Trial
 from . import cost, training, trials
 from .harness import Run
 from .problems import PAPER, PROBLEMS
-from .rows import Row
+from .rows import Row, seed_by_seed
 
 FUNCTION = "benchmarks.equal_budget:trained"
 SCALES, DEVICES = trials.SCALES, ("cpu", "cuda")
@@ -278,7 +278,7 @@ def differences(results: Sequence[Result], row: str) -> dict[str, Difference]:
     for name in CONTENDERS:
         mine = accuracies(results, row, name)
         if mine and name != best:
-            found[name] = Difference.of([value - base[seed] for seed, value in mine.items() if seed in base])
+            found[name] = Difference.of(seed_by_seed(mine, base))
     return found
 
 
@@ -394,14 +394,13 @@ def details(runs: Sequence[Run]) -> list[str]:
     results = [trials.result_of(run) for run in runs if run["stage"] == "tuning"]
     lines = ["## The search", "", "Held-out accuracy, per cent, mean of the seeds; × where one diverged.", ""]
     lines += ["| row | method | scalar, lr, wd: accuracy |", "| --- | --- | --- |"]
-    cells: dict[tuple[str, str], list[str]] = {}
-    for setting in sweep.settings_of(results):
+
+    def words(setting: sweep.Setting) -> tuple[str, str]:
         value = setting.settings["options"][CONTENDERS[setting.method].scalar]
-        lost = setting.count("finished") < len(setting.results)
-        found = "×" if lost else f"{100 * setting.mean('held_out')[0]:.1f}"
-        text = f"{value:g}, {setting.settings['lr']:.3g}, {setting.settings['weight_decay']:g}: {found}"
-        cells.setdefault((setting.problem, setting.method), []).append(text)
-    return lines + [f"| {row} | {name} | {'; '.join(found)} |" for (row, name), found in cells.items()]
+        there = f"{value:g}, {setting.settings['lr']:.3g}, {setting.settings['weight_decay']:g}"
+        return there, f"{100 * setting.mean('held_out')[0]:.1f}"
+
+    return lines + trials.search_log(results, words)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

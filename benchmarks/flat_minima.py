@@ -33,6 +33,7 @@ from pathlib import Path
 
 import torch
 
+from .figure import pyplot, save
 from .harness import RESULTS, Run, environment, folder_name, record
 from .rows import Row, compared, mean
 from .two_layer import BIAS, KINDS, NO_BIAS, SIM_BN, SIM_LN, least_trace
@@ -313,13 +314,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         runs: All lines of one run.
         path: Where to write the figure.
     """
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "ms_optim"  # the same numbers give the same file
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(2, len(KINDS), figsize=(14, 6), sharex="col", squeeze=False)
+    figure, panels = pyplot().subplots(2, len(KINDS), figsize=(14, 6), sharex="col", squeeze=False)
     for column, kind in enumerate(KINDS):
         upper, lower = panels[0][column], panels[1][column]
         for number, optimizer in enumerate(OPTIMIZERS):
@@ -341,8 +336,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     panels[0][0].set_ylabel("test accuracy")
     panels[1][0].set_ylabel("Gauss-Newton trace")
     figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
+    save(figure, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -22,11 +22,11 @@ from typing import Any
 
 from ms_optim import sweep
 from ms_optim.demo.report import mean_and_error
-from ms_optim.sweep import Difference, Result, Trial
+from ms_optim.sweep import Difference, Trial
 
 from . import equal_budget, trials
 from .harness import Run
-from .rows import Row, compared
+from .rows import Row, compared, seed_by_seed
 
 FUNCTION = "benchmarks.training:trained"
 RATES = (0.01, 0.02, 0.05)
@@ -155,11 +155,14 @@ def body(runs: Sequence[Run]) -> list[str]:
     ]
     choices = {(c.setting.problem, c.setting.method): c for c in sweep.choose(results, "held_out")}
     for (row, contender), choice in choices.items():
-        mine, reference = fresh_accuracy(results, row, contender), fresh_accuracy(results, row, REFERENCE)
+        mine, reference = (
+            equal_budget.accuracies(results, row, contender),
+            equal_budget.accuracies(results, row, REFERENCE),
+        )
         if not mine:
             continue
         mean, error = mean_and_error(list(mine.values()))
-        apart = Difference.of([mine[seed] - reference[seed] for seed in mine if seed in reference])
+        apart = Difference.of(seed_by_seed(mine, reference))
         text = "" if contender == REFERENCE else f"{apart.mean:+.2f} [{apart.low:+.2f}, {apart.high:+.2f}]"
         setting = choice.setting.settings
         own = _marked(scalar(setting, contender), VARIANTS[contender].values)
@@ -169,7 +172,7 @@ def body(runs: Sequence[Run]) -> list[str]:
         f"{contender} ({row})"
         for row, contenders in ROWS.items()
         for contender in contenders
-        if not fresh_accuracy(results, row, contender)
+        if not equal_budget.accuracies(results, row, contender)
     ]
     return lines + (["", f"Not measured: {'; '.join(missing)}."] if missing else [])
 
@@ -177,20 +180,6 @@ def body(runs: Sequence[Run]) -> list[str]:
 def _marked(value: float, tried: Sequence[float]) -> str:
     """A value, and whether it is at the edge of what was tried."""
     return f"{value:g}{' (edge)' if sweep.at_edge(value, tried) else ''}"
-
-
-def fresh_accuracy(results: Sequence[Result], row: str, contender: str) -> dict[int, float]:
-    """Test accuracy from fresh seeds; a training that diverged has that of chance.
-
-    Args:
-        results: All.
-        row: The problem.
-        contender: The variant.
-
-    Returns:
-        Seed → per cent.
-    """
-    return equal_budget.accuracies(results, row, contender)
 
 
 def summary(runs: Sequence[Run]) -> list[Row]:
@@ -205,11 +194,11 @@ def summary(runs: Sequence[Run]) -> list[Row]:
     results = [trials.result_of(run) for run in runs]
     made = []
     for row in ROWS:
-        base = fresh_accuracy(results, row, REFERENCE)
+        base = equal_budget.accuracies(results, row, REFERENCE)
         for contender in VARIANTS:
-            mine = fresh_accuracy(results, row, contender)
+            mine = equal_budget.accuracies(results, row, contender)
             if mine and contender != REFERENCE:
-                ours, word = compared([value - base[seed] for seed, value in mine.items() if seed in base])
+                ours, word = compared(seed_by_seed(mine, base))
                 claim = f"{row} (development): {contender} against SAM"
                 made.append(Row(claim, f"{ours} points", word, detail="rows" not in contender))
     return made
@@ -227,13 +216,12 @@ def details(runs: Sequence[Run]) -> list[str]:
     results = [trials.result_of(run) for run in runs if run["stage"] == "tuning"]
     lines = ["The search: lr/scalar: held-out (test) accuracy, per cent, means of the seeds; × where one diverged.", ""]
     lines += ["| row | variant | settings |", "| --- | --- | --- |"]
-    cells: dict[tuple[str, str], list[str]] = {}
-    for setting in sweep.settings_of(results):
+
+    def words(setting: sweep.Setting) -> tuple[str, str]:
         held, test = (100 * setting.mean(metric)[0] for metric in ("held_out", "test"))
-        lost = "×" if setting.count("finished") < len(setting.results) else f"{held:.1f} ({test:.1f})"
-        text = f"{setting.settings['lr']:g}/{scalar(setting.settings, setting.method):g}: {lost}"
-        cells.setdefault((setting.problem, setting.method), []).append(text)
-    return lines + [f"| {row} | {contender} | {'; '.join(found)} |" for (row, contender), found in cells.items()]
+        return f"{setting.settings['lr']:g}/{scalar(setting.settings, setting.method):g}", f"{held:.1f} ({test:.1f})"
+
+    return lines + trials.search_log(results, words)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .figure import pyplot, save
 from .harness import Run
 from .ranks import Rank, correlation, mean_correlation
 from .rows import Row
@@ -307,16 +308,10 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         runs: All lines of one run.
         path: Where to write the figure.
     """
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "ms_optim"  # the same numbers give the same file
-    from matplotlib import pyplot
-
     networks = [name for name in dict.fromkeys(run["network"] for run in runs) if points(runs, name)]
     columns = math.ceil(len(MEASURES) / 2)
     rows = 2 * max(len(networks), 1)
-    figure, panels = pyplot.subplots(rows, columns, figsize=(2.3 * columns, 2.3 * rows), squeeze=False, sharey="row")
+    figure, panels = pyplot().subplots(rows, columns, figsize=(2.3 * columns, 2.3 * rows), squeeze=False, sharey="row")
     figure.set_layout_engine("constrained")
     for number, network in enumerate(networks):
         two = panels[2 * number : 2 * number + 2]
@@ -325,8 +320,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         for row in two:
             row[0].set_ylabel(f"{network}: gap", fontsize=8)
         figure.colorbar(shown, ax=list(two.flat), label="ratio", pad=0.01)
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
+    save(figure, path)
 
 
 def _scatter(panel: Any, found: Sequence[Point], measure: str) -> Any:

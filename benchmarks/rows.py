@@ -8,7 +8,7 @@ words of their verdicts (:func:`did_not_work`), so that no one can leave it out 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ms_optim.demo.report import mean_and_error
@@ -130,6 +130,19 @@ def mean(values: Sequence[float], digits: int = 2) -> str:
     """
     middle, error = mean_and_error(values)
     return f"{middle:.{digits}f}" if math.isnan(error) else f"{middle:.{digits}f} ± {error:.{digits}f}"
+
+
+def seed_by_seed(ours: Mapping[int, float], theirs: Mapping[int, float]) -> list[float]:
+    """Paired differences: of the seeds that both have.
+
+    Args:
+        ours: Seed → value.
+        theirs: Seed → value.
+
+    Returns:
+        Ours minus theirs, in the order of ours.
+    """
+    return [value - theirs[seed] for seed, value in ours.items() if seed in theirs]
 
 
 def compared(values: Sequence[float], digits: int = 2) -> tuple[str, str]:

@@ -40,6 +40,7 @@ from ms_optim.sweep import Result, Trial
 
 from . import trials
 from .equivalent import DOUBLE, ROUNDING, compared, trajectory
+from .figure import pyplot, save
 from .flatness import DISTANCES, END, Curve, curve_of, verdict
 from .harness import Run
 from .problems import PROBLEMS, Problem, drawn, small_resnet, tiny
@@ -395,15 +396,9 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         runs: All lines of one run.
         path: Where to write the figure.
     """
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "ms_optim"  # the same numbers give the same file
-    from matplotlib import pyplot
-
     results = [trials.result_of(run) for run in runs]
     size = (4 * len(PANELS), 8)
-    figure, panels = pyplot.subplots(2, len(PANELS), figsize=size, sharex="col", squeeze=False, layout="constrained")
+    figure, panels = pyplot().subplots(2, len(PANELS), figsize=size, sharex="col", squeeze=False, layout="constrained")
     handles: dict[str, Any] = {}
     # One colour for an optimizer, whatever it rescales: ten, which matplotlib has, and black and gold.
     tones = [*(f"C{i}" for i in range(10)), "black", "gold"]
@@ -431,8 +426,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     panels[0][0].set_ylabel("test accuracy, %")
     panels[1][0].set_ylabel("distance to the usual trajectory, at the end")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, fontsize=8)
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
+    save(figure, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

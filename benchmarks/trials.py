@@ -64,6 +64,24 @@ def result_of(line: Run) -> Result:
     return Result(trial, line["status"], outcome, line.get("failed", ""), line["seconds"])
 
 
+def search_log(results: Sequence[Result], words: Callable[[sweep.Setting], tuple[str, str]]) -> list[str]:
+    """What every setting of a search gave, a line for each problem and method.
+
+    Args:
+        results: Of the search.
+        words: Takes a setting; says what it is, and what it gave if no seed of it was lost.
+
+    Returns:
+        Lines of a table of three columns.
+    """
+    cells: dict[tuple[str, str], list[str]] = {}
+    for setting in sweep.settings_of(results):
+        name, gave = words(setting)
+        lost = setting.count("finished") < len(setting.results)
+        cells.setdefault((setting.problem, setting.method), []).append(f"{name}: {'×' if lost else gave}")
+    return [f"| {problem} | {method} | {'; '.join(found)} |" for (problem, method), found in cells.items()]
+
+
 class Trainings:
     """Runs trainings and keeps their lines.
 

@@ -39,7 +39,7 @@ from ms_optim.sweep import Difference, Result, Trial
 
 from .harness import RESULTS, Run, environment, folder_name, record
 from .problems import Problem, drawn, tiny
-from .rows import NOTHING, Row, compared, found_difference
+from .rows import NOTHING, Row, compared, found_difference, seed_by_seed
 from .training import accuracy, descend, late_start
 
 BASE: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
@@ -202,7 +202,7 @@ def body(runs: Sequence[Run]) -> list[str]:
         edge = " (edge of its grid)" if at_edge(optimizer, setting) else ""
         mean, error = mean_and_error(list(mine.values()))
         sam = fresh(runs, problem, "SAM")
-        apart = Difference.of([mine[seed] - sam[seed] for seed in mine if seed in sam])
+        apart = Difference.of(seed_by_seed(mine, sam))
         word = "the reference" if optimizer == "SAM" else found_difference(apart.mean, apart.error)
         signed = "" if optimizer == "SAM" else f"{apart.mean:+.2f} ± {apart.error:.2f}"
         cells = (problem, optimizer, text + edge, f"{mean:.2f} ± {error:.2f}", signed, str(len(mine)), word)
@@ -247,7 +247,7 @@ def summary(runs: Sequence[Run]) -> list[Row]:
         rows.append(
             Row(
                 f"MNIST, {problem}: {optimizer}'s test accuracy over SAM's, in points, both tuned alike",
-                *compared([mine[seed] - sam[seed] for seed in mine if seed in sam]),
+                *compared(seed_by_seed(mine, sam)),
                 # Quoted from others who had read the paper; its table was not at hand.
                 "0.2 to 2.6 on other data (arXiv 2510.07758, quoted)" if optimizer == "RSAM" else NOTHING,
                 detail=optimizer not in ("MSSAM", "RSAM"),

@@ -23,10 +23,11 @@ from ms_optim.sweep.trial import DIVERGED
 from . import equal_budget, trials
 from .corruptions import SIZES
 from .equal_budget import CONTENDERS
+from .figure import pyplot, save
 from .harness import RESULTS, Run
 from .problems import PROBLEMS
 from .render import newest
-from .rows import Row
+from .rows import Row, seed_by_seed
 
 REFERENCE = "SAM"
 SCALES, DEVICES = equal_budget.SCALES, equal_budget.DEVICES
@@ -107,7 +108,7 @@ def significant(cells: Mapping[tuple[str, str, str, str], Mapping[int, float]], 
     for corruption, size in columns():
         base = cells.get((row, REFERENCE, corruption, size), {})
         apart = {
-            name: Difference.of([value - base[seed] for seed, value in mine.items() if seed in base])
+            name: Difference.of(seed_by_seed(mine, base))
             for name in CONTENDERS
             if name != REFERENCE and (mine := cells.get((row, name, corruption, size)))
         }
@@ -156,13 +157,11 @@ def draw(runs: Sequence[Run], path: Any) -> None:
         runs: All lines of one run.
         path: Where the figure is written.
     """
-    from matplotlib import pyplot
-
     cells = found(runs)
     rows = list(dict.fromkeys(row for row, *_ in cells))
     if not rows:
         return
-    figure, panels = pyplot.subplots(
+    figure, panels = pyplot().subplots(
         len(rows), len(SIZES), figsize=(3.2 * len(SIZES), 2.6 * len(rows)), squeeze=False, layout="constrained"
     )
     for row, axes in zip(rows, panels, strict=True):
@@ -179,8 +178,7 @@ def draw(runs: Sequence[Run], path: Any) -> None:
         axes[0].set_ylabel(f"{row}\ntest accuracy %", fontsize=7)
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
-    figure.savefig(path)
-    pyplot.close(figure)
+    save(figure, path)
 
 
 def summary(runs: Sequence[Run]) -> list[Row]:
@@ -200,7 +198,7 @@ def summary(runs: Sequence[Run]) -> list[Row]:
         for row, size in itertools.product(rows, sizes):
             mine = cells.get((row, equal_budget.MSSAM, corruption, f"{size:g}"), {})
             base = cells.get((row, REFERENCE, corruption, f"{size:g}"), {})
-            both = [value - base[seed] for seed, value in mine.items() if seed in base]
+            both = seed_by_seed(mine, base)
             apart += [Difference.of(both)] if both else []
         p_values = sweep.holm([each.p_t for each in apart])
         shown = [each.mean for each, p in zip(apart, p_values, strict=True) if math.isfinite(p) and p <= 0.05]

@@ -211,9 +211,13 @@ def balance(model: nn.Module, traces: Mapping[str, float], group: ScaleGroup, ga
     _check_group(parameters, group)
     c = _read_traces(traces, group)
     n = _squared_norms(parameters, group.parameters)
-    shapes = tuple(tuple(parameters[name].shape) for name in group.parameters)
-    found = classes(group.parameters, shapes, group.generators.detach().cpu().double().numpy().tobytes())
+    found = _classes(parameters, group)
     return _balance(found, c, n, gauge)
+
+
+def _classes(parameters: Mapping[str, nn.Parameter], group: ScaleGroup) -> Classes:
+    shapes = tuple(tuple(parameters[name].shape) for name in group.parameters)
+    return classes(group.parameters, shapes, group.generators.detach().cpu().double().numpy().tobytes())
 
 
 def _balance(found: Classes, c: Vector, n: Vector, gauge: float) -> Balance:
@@ -247,8 +251,7 @@ def row_balance(model: nn.Module, group: ScaleGroup) -> Tensor:
     """
     parameters = dict(model.named_parameters())
     _check_group(parameters, group)
-    shapes = tuple(tuple(parameters[name].shape) for name in group.parameters)
-    found = classes(group.parameters, shapes, group.generators.detach().cpu().double().numpy().tobytes())
+    found = _classes(parameters, group)
     per_row = found.total(_squared_norms(parameters, group.parameters)) / np.maximum(found.size, 1.0)
     program, _, _ = floored(_single_rows(found), np.zeros_like(per_row), per_row, 1.0)
     closed = closed_form(program)
