@@ -15,6 +15,7 @@ import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,6 +50,14 @@ class Problem:
     epochs: int
     batch: int = 64
     judging: bool = False
+
+    @property
+    def size(self) -> dict[str, Any]:
+        """What a training on it depends on, to be kept among its settings."""
+        return {
+            **{"data": self.data, "images": self.images, "noise": self.noise, "network": self.build.__name__},
+            **{"epochs": self.epochs, "batch": self.batch},
+        }
 
 
 def small_vgg() -> nn.Sequential:

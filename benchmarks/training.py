@@ -184,12 +184,20 @@ def read(settings: Mapping[str, Any]) -> tuple[Problem, Data]:
     """The row and the data of settings; on the GPU at the scale of papers.
 
     Args:
-        settings: ``problem``, ``scale``, ``seed``.
+        settings: ``problem``, ``scale``, ``seed``; ``row``, the problem's size, if it is to be checked.
 
     Returns:
         Problem, data.
+
+    Raises:
+        ValueError: If the problem has another size by now: what goes on with older trainings would mix two problems.
     """
     problem = problem_of(settings["problem"], settings["scale"])
+    if "row" in settings and settings["row"] != problem.size:
+        raise ValueError(
+            f"problem {settings['problem']!r} has size {problem.size}, and these settings are of {settings['row']}: "
+            "begin a run of its own"
+        )
     data = drawn(problem, settings["seed"])
     if settings["scale"] == "paper":
         parts = ((x.cuda(), y.cuda()) for x, y in (data.train, data.held_out, data.test))

@@ -401,3 +401,10 @@ def test_the_scale_of_papers_asks_for_a_gpu_at_once(script, capsys):
     with pytest.raises(SystemExit):
         script.main(["--scale", "paper"])
     assert "--scale paper is for a GPU" in capsys.readouterr().err
+
+
+def test_settings_of_another_size_are_refused():
+    settings = dict(equal_budget.trial(ROW, "SAM", 0.05, 0.0, 0.1, 0, "smoke").settings)
+    settings["row"] = {**settings["row"], "epochs": 99}
+    with pytest.raises(ValueError, match="begin a run of its own"):
+        equal_budget.trained(settings)
