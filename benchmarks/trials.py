@@ -228,7 +228,7 @@ def main(
             known, before = _read(folder, name, options.scale)
         except (OSError, ValueError) as error:
             parser.error(f"--resume {folder}: {error}")
-        now = {key: described[key] for key in ("date", "commit", "uncommitted_changes", "torch")}
+        now = {key: described[key] for key in ("date", "commit", "uncommitted_changes", "torch", "cpu")}
         described = before | {"resumed": [*before.get("resumed", []), now]}
     elif folder is not None and (folder / "runs.jsonl").exists():
         parser.error(f"{folder} holds a run of today: go on with it by --resume {folder}, or move it away")
