@@ -293,7 +293,7 @@ def environment(threads: int, device: str = "cpu") -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain", "--", "..")),
+        "uncommitted_changes": bool(git("status", "--porcelain", "--", "..", ":(exclude)results")),
         "python": platform.python_version(),
         "torch": torch.__version__,
         **versions,

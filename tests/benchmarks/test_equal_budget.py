@@ -225,7 +225,7 @@ def test_an_interrupted_run_goes_on_in_its_folder(tmp_path):
     assert len(before) == 1 and len(after) == 2 and after[0] == before[0]
     described = json.loads((folder / "environment.json").read_text())
     assert described["hosts"] and [sorted(each) for each in described["resumed"]] == [
-        ["commit", "date", "torch", "uncommitted_changes"]
+        ["commit", "cpu", "date", "torch", "uncommitted_changes"]
     ]
     assert sorted(path.name for path in folder.iterdir()) == ["environment.json", "runs.jsonl"]
 
