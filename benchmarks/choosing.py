@@ -1,97 +1,135 @@
 r"""Choosing ρ and λ: test accuracy against the one number that an optimizer of the package adds.
 
-Handwritten digits with 20% of the training labels redrawn, the demo's networks, batches and base settings (1,000 images
-for training, 797 held out, 30 epochs, SGD 0.1 with momentum 0.9, weight decay 5e-4, cosine), the same for all.  A value
-is trained from as many seeds as the table says; a seed fixes split, noise, weights and order of batches, so a column is
-paired.  The held-out images are used to *compare values*, not to report an optimizer's accuracy: for that the table of
-the demo has its own seeds.
+Handwritten digits with 20 % of the training labels redrawn: the demo's networks, batches, base settings and epochs
+(1,000 images for training, 797 held out, 20 epochs, SGD 0.1 with momentum 0.9, weight decay 5e-4, cosine), the same for
+all.  A seed fixes split, noise, weights and order of batches, so a column is paired.  The held-out images are used to
+*compare values*, not to report an optimizer's accuracy: the demo's table has its own seeds, and the values that are
+best here for what it trains.
 
-    python -m benchmarks.choosing            about ten minutes on two cores; writes results/choosing/
+    python -m benchmarks.choosing            20 to 30 minutes of one core, in all
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import multiprocessing
-import os
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import nn
 
-import ms_optim
 from ms_optim.demo import training
+from ms_optim.sweep import Trial
 
-from .harness import RESULTS, Run, environment, folder_name, record
+from . import trials
+from .harness import Run
 from .rows import Row, compared, mean, seed_by_seed
+from .training import optimizer_of
 
-LABEL_NOISE = 0.2
-RHO = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
-STRENGTH = (0.0, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+FUNCTION = "benchmarks.choosing:trained"
+SCALES = ("smoke", "cpu")
+LABEL_NOISE, EPOCHS = 0.2, 20
+#: The demo's own are 0, 1 and 2.
+SEEDS = {"mlp": (100, 101, 102), "resnet": (100, 101)}
 
-Build = Callable[[nn.Module, float], torch.optim.Optimizer]
 
+@dataclass(frozen=True)
+class Sweep:
+    """An optimizer and the values of its scalar.
 
-def moved(model: nn.Module, rho: float, gauge: float) -> torch.optim.Optimizer:
-    """MSSAM at the representative itself: ``rebalance="move"``.
-
-    Args:
-        model: The network.
-        rho: ρ.
-        gauge: κ.
-
-    Returns:
-        The optimizer.
+    Attributes:
+        optimizer: Its name.
+        scalar: The argument.
+        values: Rising.
+        options: Its other arguments, defaults included.
     """
-    return ms_optim.MSSAM(model, rho=rho, rebalance="move", gauge=gauge, **training.BASE)
+
+    optimizer: str
+    scalar: str
+    values: tuple[float, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def shown(self) -> str:
+        """The scalar's symbol, of which tables are made: ASAM's radii are no lengths, and have a table of their own."""
+        return "λ" if self.scalar == "strength" else "ρ of ASAM" if self.optimizer == "ASAM" else "ρ"
 
 
-SWEEPS: dict[str, tuple[str, tuple[float, ...], Build]] = {
-    "SAM": ("ρ", RHO, lambda model, rho: ms_optim.SAM(model, rho=rho, **training.BASE)),
-    "MSSAM, κ = 0": ("ρ", RHO, lambda model, rho: moved(model, rho, 0.0)),
-    "MSSAM, κ = ½": ("ρ", RHO, lambda model, rho: moved(model, rho, 0.5)),
-    "MSSAM, κ = 1": ("ρ", RHO, lambda model, rho: moved(model, rho, 1.0)),
-    "MSRegularizedSGD, trace": (
-        "λ",
-        STRENGTH,
-        lambda model, strength: ms_optim.MSRegularizedSGD(model, strength=strength, rebalance="move", **training.BASE),
+_RADII, _STRENGTHS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8), (0.0, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+_ADAPTIVE = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
+_ROWS = {"rebalance": "rows", "refresh_every": 100, "columns": 2}
+SWEEPS: dict[str, Sweep] = {
+    "SAM": Sweep("SAM", "rho", _RADII),
+    "ASAM": Sweep("ASAM", "rho", _ADAPTIVE, {"operator": "official", "eta": 0.01}),
+    "MSSAM": Sweep("MSSAM", "rho", _RADII, {**_ROWS, "gauge": 0.5}),
+    "MSSAM, κ = 0": Sweep("MSSAM", "rho", _RADII, {**_ROWS, "gauge": 0.0}),
+    "MSSAM, κ = 1": Sweep("MSSAM", "rho", _RADII, {**_ROWS, "gauge": 1.0}),
+    "MSSAM, move, κ = 0": Sweep("MSSAM", "rho", _RADII, {**_ROWS, "rebalance": "move", "gauge": 0.0}),
+    "MSRegularizedSGD": Sweep(
+        "MSRegularizedSGD", "strength", _STRENGTHS, {**_ROWS, "gauge": 0.0, "gradient": "trace"}
     ),
-    "MSRegularizedSGD, noise": (
-        "λ",
-        STRENGTH,
-        lambda model, strength: ms_optim.MSRegularizedSGD(
-            model, strength=strength, gradient="noise", rebalance="move", **training.BASE
-        ),
+    "MSRegularizedSGD, noise": Sweep(
+        "MSRegularizedSGD", "strength", _STRENGTHS, {**_ROWS, "gauge": 0.0, "gradient": "noise"}
     ),
 }
 
 
-def accuracy(job: tuple[str, str, float, int, int]) -> Run:
+def trial(network: str, name: str, value: float, seed: int, epochs: int = EPOCHS) -> Trial:
+    """One training.
+
+    Args:
+        network: Of the demo's.
+        name: Of :data:`SWEEPS`.
+        value: Of the scalar.
+        seed: The seed.
+        epochs: How often.
+
+    Returns:
+        The trial.
+    """
+    sweep = SWEEPS[name]
+    settings: dict[str, Any] = {"network": network, "optimizer": sweep.optimizer}
+    settings |= {"options": {**sweep.options, sweep.scalar: value}, "base": training.BASE}
+    settings |= {"epochs": epochs, "label_noise": LABEL_NOISE, "seed": seed}
+    return Trial(settings, name, network)
+
+
+def trained(settings: Mapping[str, Any]) -> dict[str, float]:
     """Train once.
 
     Args:
-        job: Network, sweep, value, seed, epochs.
+        settings: As of :func:`trial`.
 
     Returns:
-        One line: the job and the accuracy on the held-out images.
+        ``held_out``: the accuracy on the held-out images, a share of 1.
     """
-    network, sweep, value, seed, epochs = job
-    torch.set_num_threads(1)
-    data = training.digits(seed, LABEL_NOISE)
+    base, seed = settings["base"], settings["seed"]
+    data = training.digits(seed, settings["label_noise"])
     torch.manual_seed(seed)
-    model = training.MODELS[network]()
-    optimizer = SWEEPS[sweep][2](model, value)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-    for batches in itertools.islice(training.epochs(data, seed), epochs):
+    model = training.MODELS[settings["network"]]()
+    own = {**settings["options"], "momentum": base["momentum"]}
+    optimizer = optimizer_of(model, settings["optimizer"], base["lr"], base["weight_decay"], own)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings["epochs"])
+    for batches in itertools.islice(training.epochs(data, seed), settings["epochs"]):
         for x, y in batches:
             training.step(model, optimizer, x, y)
         scheduler.step()
-    found = training.accuracy(model, data.x_test, data.y_test)
-    return {"network": network, "sweep": sweep, "value": value, "seed": seed, "test_accuracy": found}
+    return {"held_out": training.accuracy(model, data.x_test, data.y_test)}
+
+
+def plan(run: trials.Trainings) -> None:
+    """Every value from every seed.
+
+    Args:
+        run: The trainings.
+    """
+    if run.scale == "smoke":
+        run([trial("mlp", name, sweep.values[3], 100, epochs=1) for name, sweep in SWEEPS.items()])
+        return
+    for network, seeds in SEEDS.items():
+        wanted = ((name, value) for name, sweep in SWEEPS.items() for value in sweep.values)
+        run([trial(network, name, value, seed) for name, value in wanted for seed in seeds])
 
 
 def body(runs: Sequence[Run]) -> list[str]:
@@ -103,43 +141,49 @@ def body(runs: Sequence[Run]) -> list[str]:
     Returns:
         Lines of Markdown.
     """
-    lines = ["Test accuracy in per cent, mean ± standard error over the seeds; the best value of a row in bold."]
-    for symbol in ("ρ", "λ"):
-        values = sorted({run["value"] for run in runs if SWEEPS[run["sweep"]][0] == symbol})
-        if not values:
+    lines = ["Accuracy in per cent on the held-out images, mean ± standard error over seeds; a row's best in bold."]
+    for symbol in dict.fromkeys(sweep.shown for sweep in SWEEPS.values()):
+        mine = [run for run in runs if SWEEPS[run["contender"]].shown == symbol]
+        if not mine:
             continue
+        values = sorted({value_of(run) for run in mine})
         lines += ["", f"| network | optimizer | {' | '.join(f'{symbol} = {value:g}' for value in values)} | seeds |"]
         lines += ["| --- | --- |" + " --- |" * (len(values) + 1)]
-        for network, sweep in dict.fromkeys((run["network"], run["sweep"]) for run in runs):
-            if SWEEPS[sweep][0] != symbol:
-                continue
-            found = accuracies(runs, network, sweep)
-            cells = {value: mean(list(found[value].values()), 1) for value in values}
+        for network, name in dict.fromkeys((run["network"], run["contender"]) for run in mine):
+            found = accuracies(runs, network, name)
+            cells = {value: mean(list(found[value].values()), 1) if value in found else "" for value in values}
             cells[best(found)] = f"**{cells[best(found)]}**"
-            lines.append(f"| {network} | {sweep} | {' | '.join(cells.values())} | {len(found[values[0]])} |")
+            seeds = max(len(each) for each in found.values())
+            lines.append(f"| {network} | {name} | {' | '.join(cells.values())} | {seeds} |")
     return lines
 
 
-def accuracies(runs: Sequence[Run], network: str, sweep: str) -> dict[float, dict[int, float]]:
+def value_of(run: Run) -> float:
+    """The value of a line's scalar."""
+    value: float = run["settings"]["options"][SWEEPS[run["contender"]].scalar]
+    return value
+
+
+def accuracies(runs: Sequence[Run], network: str, name: str) -> dict[float, dict[int, float]]:
     """Accuracy for each value and seed.
 
     Args:
         runs: All lines.
         network: The network.
-        sweep: The optimizer.
+        name: Of :data:`SWEEPS`.
 
     Returns:
         Value → seed → per cent.
     """
     found: dict[float, dict[int, float]] = {}
     for run in runs:
-        if (run["network"], run["sweep"]) == (network, sweep):
-            found.setdefault(run["value"], {})[run["seed"]] = 100 * run["test_accuracy"]
+        if (run["network"], run["contender"]) == (network, name) and "held_out" in run:
+            found.setdefault(value_of(run), {})[run["round"]] = 100 * run["held_out"]
     return found
 
 
 def best(found: Mapping[float, Mapping[int, float]]) -> float:
-    """The value with the largest mean.
+    """The value with the largest mean; the smallest of equal ones.
 
     Args:
         found: Value → seed → accuracy.
@@ -147,7 +191,7 @@ def best(found: Mapping[float, Mapping[int, float]]) -> float:
     Returns:
         The value.
     """
-    return max(found, key=lambda value: statistics.fmean(found[value].values()))
+    return max(sorted(found), key=lambda value: statistics.fmean(found[value].values()))
 
 
 def summary(runs: Sequence[Run]) -> list[Row]:
@@ -161,54 +205,22 @@ def summary(runs: Sequence[Run]) -> list[Row]:
     """
     rows = []
     for network in dict.fromkeys(run["network"] for run in runs):
-        sam, ours = (accuracies(runs, network, sweep) for sweep in ("SAM", "MSSAM, κ = 0"))
+        sam, ours = (accuracies(runs, network, name) for name in ("SAM", "MSSAM"))
         if not sam or not ours:
             continue
         theirs, mine = sam[best(sam)], ours[best(ours)]
-        ours_is = "MSSAM (move, κ = 0)"
-        claim = f"digits with noisy labels, {network}: {ours_is}, accuracy over SAM's, in points, each at its best ρ"
+        claim = f"digits with noisy labels, {network}: MSSAM, accuracy over SAM's, in points, each at its best ρ"
         rows.append(Row(claim, *compared(seed_by_seed(mine, theirs))))
     return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Sweep, write, and print the table.
+    """See the module's docstring.
 
     Args:
         arguments: Of the command line; ``None``: the process's own.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", choices=["cpu", "smoke"], default="cpu", help="smoke: tiny, to see that it runs")
-    parser.add_argument("--threads", type=int, default=1, help="of torch in this process; workers have one each")
-    parser.add_argument("--workers", type=int, help="processes; 0 trains in this one (default: 2, none for smoke)")
-    parser.add_argument("--out", type=Path, help="folder of results/<claim>/ (default: here for cpu, none for smoke)")
-    options = parser.parse_args(arguments)
-    smoke = options.scale == "smoke"
-    workers = options.workers if options.workers is not None else 0 if smoke else 2
-    seeds = {"mlp": 1 if smoke else 4, "resnet": 0 if smoke else 2}
-    jobs = [
-        (network, sweep, value, seed, 1 if smoke else 30)
-        for network, count in seeds.items()
-        for sweep, (_, values, _) in SWEEPS.items()
-        for value in (values[3:4] if smoke else values)
-        for seed in range(count)
-    ]
-    torch.set_num_threads(options.threads)
-    described = environment(options.threads)
-    if workers == 0:
-        runs = [accuracy(job) for job in jobs]
-    else:
-        # Not by fork: a process forked after torch has started its threads can hang.
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            runs = list(pool.map(accuracy, jobs))
-    described["load_average_after"] = round(os.getloadavg()[0], 2)
-    out = options.out or (None if smoke else RESULTS)
-    if out is not None:
-        record(out / "choosing" / folder_name(described), described, runs)
-
-    from .render import table  # the renderer imports the scripts, whose tables it prints
-
-    print(table("choosing", described, runs))
+    trials.main(__doc__, "choosing", FUNCTION, plan, arguments, SCALES)
 
 
 if __name__ == "__main__":
