@@ -95,6 +95,8 @@ class Trainings:
         scale: The one that was asked for.
         results: All so far, in the order in which they ended; what several stages ask for is there once.
         hosts: The machines they ran on, each once.
+        taken_from: Of a plan that takes over another claim's trainings: where from, and how its run is described there;
+            they are no more complete than it is.
     """
 
     def __init__(
@@ -110,6 +112,7 @@ class Trainings:
         self.results: list[Result] = []
         self._shown: set[tuple[str, ...]] = set()
         self.hosts: list[dict[str, Any]] = []
+        self.taken_from: dict[str, Any] = {}
         self.remember(known)
 
     def remember(self, lines: Iterable[Run]) -> None:
@@ -252,7 +255,8 @@ def main(
     resources = sweep.Resources.here(workers, threads=1, trials_per_process=float("inf"))
     trainings = Trainings(options.scale, function, resources, keep, known)
     plan(trainings)
-    described["complete"] = True
+    described |= {"taken_from": trainings.taken_from} if trainings.taken_from else {}
+    described["complete"] = trainings.taken_from.get("complete", True)
     keep(trainings, complete=True)
 
     from .render import table  # the renderer imports the scripts, whose pages it prints

@@ -61,6 +61,9 @@ def plan(run: trials.Trainings) -> None:
             "python -m benchmarks.equal_budget first"
         )
     lines = [line for line in chosen.runs if line["stage"] == "fresh"]
+    where = f"{chosen.folder.parent.name}/{chosen.folder.name}"
+    told = ("date", "commit", "torch", "cpu", "resumed", "complete")
+    run.taken_from = {"run": where} | {key: chosen.environment[key] for key in told if key in chosen.environment}
     run.remember(lines)
     run([trials.result_of(line).trial for line in lines])
 

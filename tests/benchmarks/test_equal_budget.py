@@ -408,3 +408,21 @@ def test_settings_of_another_size_are_refused():
     settings["row"] = {**settings["row"], "epochs": 99}
     with pytest.raises(ValueError, match="begin a run of its own"):
         equal_budget.trained(settings)
+
+
+def test_noise_on_weights_is_no_more_complete_than_the_trainings_it_takes_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(weight_noise, "RESULTS", tmp_path)
+    all_of_it = {}
+    for corruption, size in weight_noise.columns():
+        all_of_it.setdefault(corruption, {})[size] = 0.8
+    results = [done(name, seed, withstood=all_of_it) for name in ("SAM", "MSSAM") for seed in range(2)]
+    lines = [trials.line_of(result) for result in results]
+    for complete in (False, True):
+        described = {"commit": "0" * 40, "date": "2026-01-01", "complete": complete}
+        trials.record(tmp_path / "equal_budget" / "2026-01-01_cpu1", described, lines)
+        out = tmp_path / f"out {complete}"
+        weight_noise.main(["--workers", "0", "--out", str(out)])
+        (folder,) = (out / "weight_noise").iterdir()
+        found = json.loads((folder / "environment.json").read_text())
+        assert found["complete"] == complete and found["taken_from"]["run"] == "equal_budget/2026-01-01_cpu1"
+        assert [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()] == lines
