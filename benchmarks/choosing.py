@@ -6,7 +6,7 @@ all.  A seed fixes split, noise, weights and order of batches, so a column is pa
 *compare values*, not to report an optimizer's accuracy: the demo's table has its own seeds, and the values that are
 best here for what it trains.
 
-    python -m benchmarks.choosing            20 to 30 minutes of one core, in all
+    python -m benchmarks.choosing            13 minutes of one core, in all
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def summary(folder: Path) -> list[Row]:
                 "; ".join(f"{word}: {', '.join(names)}" for word, names in said.items()),
             )
         )
-        claim = f"digits, {model}: accuracy of MSSAM (move, κ = 0) over SAM's from the usual start, in points"
+        claim = f"digits, {model}: accuracy of MSSAM over SAM's from the usual start, in points"
         rows.append(Row(claim, *compared(seed_by_seed(accuracy["MSSAM"][usual], accuracy["SAM"][usual]))))
     return rows
 

@@ -46,7 +46,7 @@ MINUTES = {
     "universal_class": "10 to 15",
     "conformance": "1 (1 core)",
     "refresh_memory": "1",
-    "choosing": "10",
+    "choosing": "13 of one core, in all",
     "demo": "a few",
     "throughput": "needs a GPU",
 }

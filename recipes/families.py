@@ -63,7 +63,6 @@ def optimizers(
     msreg: Said,
     gradient: str = "noise",
     common: Mapping[str, Any] | None = None,
-    moved: bool = False,
 ) -> dict[str, Said]:
     """The arguments of each optimizer.
 
@@ -74,25 +73,23 @@ def optimizers(
         msreg: λ.
         gradient: Of MSRegularizedSGD.
         common: Of all of them.
-        moved: Whether the weights go to the representative of the smallest trace itself: where ρ and λ were chosen so.
 
     Returns:
         Optimizer → arguments and their source.
     """
     common, refreshes = dict(common or {}), {"refresh_every": 100, "columns": 2}
-    there: dict[str, Any] = {"rebalance": "move", "gauge": 0.0} if moved else {}
     return {
         "sgd": Said(common),
         "sam": Said({"rho": sam.value, **common}, sam.source),
         "asam": Said({"rho": asam.value, **common}, asam.source),
-        "mssam": Said({"rho": mssam.value, **refreshes, **there, **common}, mssam.source),
-        "msreg": Said({"strength": msreg.value, "gradient": gradient, **refreshes, **there, **common}, msreg.source),
+        "mssam": Said({"rho": mssam.value, **refreshes, **common}, mssam.source),
+        "msreg": Said({"strength": msreg.value, "gradient": gradient, **refreshes, **common}, msreg.source),
     }
 
 
 # λ = ρ² / 2 is noise of standard deviation ρ at the representative.
 _NOISE = Said(0.00005, f"{OPEN}; noise of deviation √(2λ) = 0.01, as Trace-SAM's (arXiv 2406.03682)")
-_TUNED = "chosen on other seeds: TUNED in ms_optim/demo/training.py; benchmarks/results/choosing"
+_TUNED = "chosen on other seeds: benchmarks/results/choosing"
 
 
 def _digits() -> Family:
@@ -113,7 +110,6 @@ def _digits() -> Family:
         *(Said(0.4, _TUNED), Said(2.0, _TUNED), Said(0.4, _TUNED), Said(0.01, _TUNED)),
         gradient="trace",
         common={"nesterov": False},
-        moved=True,
     )
     return Family("scikit-learn's handwritten digits with noisy labels, MLP 64-128-128-10", settings, own)
 

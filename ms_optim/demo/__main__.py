@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import importlib.util
 import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from ..machine import processor, software
 from .report import figure, table
 from .training import MODELS, OPTIMIZERS, STARTS, Run, relative_seconds, train_all
 
@@ -79,10 +80,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = table(outcomes, seconds)
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "table.md").write_text(text + "\n", encoding="utf-8")
-    machine = f"{platform.system()} {platform.machine()}"
-    environment = {"torch": torch.__version__, "python": platform.python_version(), "machine": machine}
+    today = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
+    here = {"date": today, **software(), "cpu": processor(), "cores": os.cpu_count(), "workers": options.workers}
     results = {
-        "environment": environment | {"cores": os.cpu_count(), "workers": options.workers},
+        "environment": here,
         "seconds_per_step_relative_to_sgd": seconds,
         "outcomes": [asdict(outcome) for outcome in outcomes],
     }
