@@ -34,6 +34,7 @@ from ms_optim.demo.report import mean_and_error
 from ms_optim.sweep import Choice, Difference, Result, Trial
 
 from . import cost, training, trials
+from .figure import pyplot, save
 from .harness import Run
 from .problems import PAPER, PROBLEMS, problem_of
 from .rows import Row, seed_by_seed
@@ -76,6 +77,8 @@ SGD, LONGER, MSSAM = "SGD", "SGD, twice the epochs", "MSSAM"
 SHOWN = (LONGER, MSSAM, "MSSAM, κ = 0", "ASAM, layer, at rows", "MSRegularizedSGD, trace", "MSRegularizedSGD, noise")
 #: Those of which the best one is the reference.
 BASELINES = ("SAM", "ASAM, official", "ASAM, elementwise", "ASAM, layer")
+#: Points below the reference up to which the figure goes.
+_FURTHEST = -4.0
 CONTENDERS: dict[str, Contender] = {
     SGD: Contender("SGD", "momentum", (0.0, 0.5, 0.8, 0.9, 0.95), shown="momentum"),
     LONGER: Contender("SGD", "momentum", (0.0, 0.5, 0.8, 0.9, 0.95), epochs=2, shown="momentum"),
@@ -362,6 +365,41 @@ def row_lines(results: Sequence[Result], row: str, choices: Mapping[str, Choice]
         cells += [f"{mine['ratio']:.2f}" if "ratio" in mine else "", f"{mine['mib']:.1f}" if "mib" in mine else ""]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def draw(runs: Sequence[Run], path: Any) -> None:
+    """Differences to the best of SAM and the ASAMs: a panel per row, a line per method, 95 % intervals.
+
+    Args:
+        runs: All lines of one run.
+        path: Where the figure is written.
+    """
+    results = [trials.result_of(run) for run in runs]
+    rows = [row for row in {**PROBLEMS, **PAPER} if differences(results, row)]
+    if not rows:
+        return
+    figure, panels = pyplot().subplots(
+        1, len(rows), figsize=(2.6 + 2.6 * len(rows), 4.2), sharey=True, squeeze=False, layout="constrained"
+    )
+    for row, axis in zip(rows, panels[0], strict=True):
+        apart = differences(results, row)
+        axis.axvline(0.0, color="grey", linewidth=0.8)
+        for place, name in enumerate(CONTENDERS):
+            found = apart.get(name)
+            if found is None:
+                continue
+            colour = "C3" if "MS" in name or "rows" in name else "C0" if name in BASELINES else "C7"
+            if found.mean < _FURTHEST:  # what did not train would leave nothing to see of the others
+                axis.text(_FURTHEST, place, f"◂ {found.mean:.1f}", color=colour, va="center", fontsize=8)
+            else:
+                bars = [[found.mean - found.low], [found.high - found.mean]]
+                axis.errorbar([found.mean], [place], xerr=bars, fmt="o", color=colour, markersize=4)
+        axis.set_xlim(_FURTHEST, -_FURTHEST / 2)
+        axis.set_title(f"{row}\nagainst {reference(results, row)}", fontsize=8)
+        axis.set_xlabel("points", fontsize=8)
+    panels[0][0].set_yticks(range(len(CONTENDERS)), list(CONTENDERS), fontsize=8)
+    panels[0][0].set_ylim(len(CONTENDERS) - 0.5, -0.5)
+    save(figure, path)
 
 
 def summary(runs: Sequence[Run]) -> list[Row]:

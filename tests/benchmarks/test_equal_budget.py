@@ -426,3 +426,16 @@ def test_noise_on_weights_is_no_more_complete_than_the_trainings_it_takes_over(t
         found = json.loads((folder / "environment.json").read_text())
         assert found["complete"] == complete and found["taken_from"]["run"] == "equal_budget/2026-01-01_cpu1"
         assert [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()] == lines
+
+
+def test_the_figure_has_the_methods_and_says_what_is_too_far_below(tmp_path):
+    pytest.importorskip("matplotlib", reason="figures need matplotlib")
+    accuracies = {"SAM": 0.9, "MSSAM": 0.91, "RSAM": 0.5}
+    results = [done(name, s, test=value + 0.001 * s * s) for name, value in accuracies.items() for s in range(3)]
+    results += [done("SGD", s, test=0.88 + 0.002 * s) for s in range(3)]
+    path = tmp_path / "figure.svg"
+    equal_budget.draw([trials.line_of(result) for result in results], path)
+    drawn = path.read_text()
+    assert "◂ -40.0" in drawn and f"{ROW}" in drawn and "against SAM" in drawn and "MSRegularizedSGD, noise" in drawn
+    equal_budget.draw([], tmp_path / "nothing.svg")
+    assert not (tmp_path / "nothing.svg").exists()
