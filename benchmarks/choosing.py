@@ -72,6 +72,9 @@ SWEEPS: dict[str, Sweep] = {
     "MSRegularizedSGD, noise": Sweep(
         "MSRegularizedSGD", "strength", _STRENGTHS, {**_ROWS, "gauge": 0.0, "gradient": "noise"}
     ),
+    "MSRegularizedSGD, antithetic": Sweep(
+        "MSRegularizedSGD", "strength", _STRENGTHS, {**_ROWS, "gauge": 0.0, "gradient": "antithetic"}
+    ),
 }
 
 
