@@ -71,7 +71,6 @@ FINDINGS = (
     "are read, weights written, saved and restored, and torch's own SGD step is about at the goal already.",
     "BackPACK cannot do a vision transformer, and PyHessian and curvlinops have no exact trace: nothing to compare "
     "with.",
-    '`MSRegularizedSGD` with `gradient="antithetic"` is tested, and no accuracy of it has been measured.',
 )
 
 PROSE = """\
