@@ -4,8 +4,8 @@ Methods run in random order in every round, ratios are taken within a round (:mo
 is the number: a round is ten steps, there are ten rounds, and a representative is found anew every hundred steps, so
 that its share of the cost is in the mean and would not be in the median.
 
-Memory is the peak of a process of its own above model, images and what the optimizer keeps from step to step, such as
-momentum, over ten steps of which one has a refresh.
+Memory is the peak of a process of its own above model and images, over the first ten steps, of which one has a refresh:
+activations, gradients, momentum and all that an optimizer keeps or copies.
 """
 
 from __future__ import annotations
@@ -73,12 +73,12 @@ def prepared(settings: Mapping[str, Any], name: str, options: Mapping[str, Any])
         Takes ten steps.
     """
     torch.set_num_threads(1)
+    memory.only_what_is_alive()
     problem, data = read(settings)
     balanced = name in ("MSSAM", "MSRegularizedSGD") or options.get("rebalance") is not None
     often = {"refresh_every": STEPS} if balanced else {}
-    steps = stepping(problem, data, name, {**options, **often})
-    steps()  # pays for imports and for what is allocated once
-    return steps
+    stepping(problem, data, name, {**options, **often})()  # pays for imports and for what is allocated once
+    return stepping(problem, data, name, {**options, **often})
 
 
 def measured(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,7 +88,8 @@ def measured(settings: Mapping[str, Any]) -> dict[str, Any]:
         settings: ``cost``: method → optimizer and its options; ``problem``, ``scale``, ``seed``.
 
     Returns:
-        ``methods``: method → ``ratio`` to SGD's time, ``seconds`` per step, ``gradients`` per step, ``mib``.
+        ``methods``: method → ``ratio`` to SGD's time, ``seconds`` per step and those of the ``rounds``, ``gradients``
+        per step, ``mib``.
     """
     problem, data = read(settings)
     full = settings["scale"] != "smoke"
@@ -101,11 +102,13 @@ def measured(settings: Mapping[str, Any]) -> dict[str, Any]:
     if failed:
         raise RuntimeError(failed[0])
     seconds = {(run["contender"], run["round"]): run["seconds"] for run in runs}
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for name, method in methods.items():
         mine = {index: taken for (other, index), taken in seconds.items() if other == name}
         ratio = statistics.fmean(taken / seconds[REFERENCE, index] for index, taken in mine.items())
-        found[name] = {"ratio": ratio, "seconds": statistics.fmean(mine.values()) / STEPS, "gradients": gradients[name]}
+        rounds = [mine[index] / STEPS for index in sorted(mine)]
+        found[name] = {"ratio": ratio, "seconds": statistics.fmean(rounds), "rounds": rounds}
+        found[name]["gradients"] = gradients[name]
         if full:
             plain = {key: settings[key] for key in ("problem", "scale", "seed")}
             peak = memory.peak_above(prepared, plain, *method, device=device)

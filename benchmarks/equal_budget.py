@@ -2,9 +2,10 @@ r"""Accuracy at equal budget: SGD, SAM, three ASAMs, MSSAM, MSRegularizedSGD, RS
 
 *Search.*  Learning rate and weight decay are searched on SGD (three times two values).  At what is best there every
 method searches its own scalar (five values: ρ; λ; momentum for SGD, which has no other), and then, at the best of
-those, the learning rate a factor 3 up and down and the other weight decay.  Two seeds each, chosen by accuracy on 5,000
-held-out images whose labels are as noisy as the ones that are trained on.  A scalar or a learning rate at the edge of
-what the method has tried is marked.
+those, the other weight decay, and learning rates a factor 3 up and down, each also with the next scalar in the
+direction in which the two go together.  Two seeds each, chosen by accuracy on 5,000 held-out images whose labels are as
+noisy as the ones that are trained on.  A scalar or a learning rate at the edge of what the method has tried is marked;
+of two weight decays either is at an edge.
 
 *Judgement.*  The chosen setting is trained from six fresh seeds, each of which draws images, noise, held-out part,
 weights and order, the same for all methods, and the test images are looked at once.  Differences are taken seed by seed
@@ -15,7 +16,7 @@ is the best of SAM and the ASAMs *on the test images*, a choice in their favour.
 
 *Budget.*  Epochs are equal.  SGD is there with twice the epochs as well, which is what SAM's two passes cost; the last
 columns say what a step takes on this machine, by itself and in units of one of SGD's, how many gradients of the loss it
-needs, and what memory it uses above model, images and momentum.
+needs, and what memory it uses above model and images.
 
 *Weight noise.*  What the networks of the fresh seeds withstand is a page of its own (:mod:`benchmarks.weight_noise`).
 
@@ -68,6 +69,7 @@ class Contender:
 
 _RADII = (0.03, 0.06, 0.12, 0.24, 0.48)
 _ADAPTIVE = (0.25, 0.5, 1.0, 2.0, 4.0)
+_ELEMENTS = (0.5, 1.0, 2.0, 4.0, 8.0)
 _LAYERS = (0.0025, 0.005, 0.01, 0.02, 0.04)
 # Options in full, defaults included: a training is its settings, whatever the package's defaults will be.
 _ROWS = {"rebalance": "rows", "refresh_every": 100, "columns": 2}
@@ -84,7 +86,7 @@ CONTENDERS: dict[str, Contender] = {
     LONGER: Contender("SGD", "momentum", (0.0, 0.5, 0.8, 0.9, 0.95), epochs=2, shown="momentum"),
     "SAM": Contender("SAM", "rho", _RADII),
     "ASAM, official": Contender("ASAM", "rho", _ADAPTIVE, {"operator": "official", "eta": 0.01}),
-    "ASAM, elementwise": Contender("ASAM", "rho", _ADAPTIVE, {"operator": "elementwise"}),
+    "ASAM, elementwise": Contender("ASAM", "rho", _ELEMENTS, {"operator": "elementwise"}),
     "ASAM, layer": Contender("ASAM", "rho", _LAYERS, {"operator": "layer"}),
     # The package's defaults, in full; the best of the exploration (benchmarks.gauge); the ball of the smallest trace.
     MSSAM: Contender("MSSAM", "rho", _RADII, {**_ROWS, "gauge": 0.5}),
@@ -135,7 +137,7 @@ def trial(
     settings: dict[str, Any] = {"problem": row, "row": problem_of(row, scale).size, "scale": scale}
     settings |= {"optimizer": method.optimizer}
     settings |= {"options": {**method.options, method.scalar: value}, "lr": lr, "weight_decay": weight_decay}
-    settings |= {"seed": seed} | ({"epochs": method.epochs} if method.epochs != 1 else {})
+    settings |= {"seed": seed, "own_stream": True} | ({"epochs": method.epochs} if method.epochs != 1 else {})
     settings |= {"test": True, "withstood": True} if stage == "fresh" else {}
     return Trial(settings, name, row, stage)
 
@@ -175,21 +177,57 @@ def judged(run: trials.Trainings, row: str) -> None:
             for seed in seeds
         ]
     )
-    around = [(lr / 3, wd), (lr * 3, wd), *((lr, other) for other in decays if other != wd)] if full else []
     wanted = []
-    for choice in sweep.choose(found, "held_out"):
-        best = scalar(choice)
-        wanted += [
-            trial(row, choice.setting.method, *there, best, seed, run.scale) for there in around for seed in seeds
-        ]
+    for choice in best_of(found) if full else ():
+        name, best = choice.setting.method, scalar(choice)
+        there = [(rate, wd, value) for rate, value in coupled(name, lr, best)]
+        there += [(lr, other, best) for other in decays if other != wd]
+        wanted += [trial(row, name, *point, seed, run.scale) for point in there for seed in seeds]
     found += run(wanted)
     chosen = []
-    for choice in sweep.choose(found, "held_out"):
+    for choice in best_of(found):
         settings = choice.setting.settings
-        there = (settings["lr"], settings["weight_decay"], scalar(choice))
-        chosen += [trial(row, choice.setting.method, *there, seed, run.scale, "fresh") for seed in fresh]
+        point = (settings["lr"], settings["weight_decay"], scalar(choice))
+        chosen += [trial(row, choice.setting.method, *point, seed, run.scale, "fresh") for seed in fresh]
     run(chosen)
     run([cost_trial(row, run.scale)])
+
+
+def coupled(name: str, lr: float, best: float) -> list[tuple[float, float]]:
+    """A third and three times the learning rate, each with the best scalar and with its neighbour.
+
+    A larger step goes with a larger radius, or, of momentum, with a smaller one: searched one after the other, a method
+    for which that matters would be worse off than one for which it does not.
+
+    Args:
+        name: The method.
+        lr: The learning rate of the search so far.
+        best: The scalar that was best there.
+
+    Returns:
+        Learning rates and scalars.
+    """
+    method = CONTENDERS[name]
+    place = method.values.index(best)
+    found = []
+    for factor, step in ((1 / 3, -1), (3, 1)):
+        neighbour = place + (-step if method.scalar == "momentum" else step)
+        inside = 0 <= neighbour < len(method.values)
+        found += [(lr * factor, value) for value in (best, *([method.values[neighbour]] if inside else []))]
+    return found
+
+
+def best_of(results: Sequence[Result]) -> list[Choice]:
+    """The best setting of each method on held-out images, of those of which a training ended.
+
+    Args:
+        results: All.
+
+    Returns:
+        A choice for each method.
+    """
+    ended = {(r.trial.problem, r.trial.method) for r in results if r.value("held_out") is not None}
+    return sweep.choose([r for r in results if (r.trial.problem, r.trial.method) in ended], "held_out")
 
 
 def cost_trial(row: str, scale: str) -> Trial:

@@ -155,7 +155,8 @@ def optimizer_in(settings: Mapping[str, Any], model: nn.Module, problem: Problem
     """The optimizer that settings name.
 
     Args:
-        settings: ``optimizer``, ``lr``, ``weight_decay``, ``options``.
+        settings: ``optimizer``, ``lr``, ``weight_decay``, ``options``; ``own_stream``: whether what the optimizer
+            draws itself depends on the seed, and not on a default of its own.
         model: The network.
         problem: The row.
         data: What is trained on.
@@ -164,7 +165,10 @@ def optimizer_in(settings: Mapping[str, Any], model: nn.Module, problem: Problem
         The optimizer.
     """
     names = ("optimizer", "lr", "weight_decay", "options")
-    return optimizer_of(model, *(settings[name] for name in names), late=late_start(problem, data))
+    found = {name: settings[name] for name in names}
+    if settings.get("own_stream") and settings["optimizer"] != "SGD":  # torch's draws nothing
+        found["options"] = {**settings["options"], "seed": settings["seed"]}
+    return optimizer_of(model, *found.values(), late=late_start(problem, data))
 
 
 def late_start(problem: Problem, data: Data) -> int:
@@ -210,7 +214,8 @@ def trained(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         settings: ``problem``, ``scale``, ``optimizer``, ``lr``, ``weight_decay``, ``options``, ``seed``; ``epochs``, a
-            factor; ``test``: whether the test images are looked at; ``withstood``: whether it is corrupted, too.
+            factor; ``own_stream``; ``test``: whether the test images are looked at; ``withstood``: whether the network
+            is corrupted, too.
 
     Returns:
         Accuracy on each part, shares of 1.

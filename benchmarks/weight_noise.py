@@ -33,7 +33,7 @@ REFERENCE = "SAM"
 SCALES, DEVICES = equal_budget.SCALES, equal_budget.DEVICES
 _TITLES = {
     "gaussian": "Gaussian noise on weights, σ",
-    "adversarial": "Adversarial step of the weights, r",
+    "adversarial": "Adversarial weights, radius r",
     "bits": "Bits per weight",
     "image noise": "Gaussian noise on images, σ",
     "erased": "Erased square, share of the side",

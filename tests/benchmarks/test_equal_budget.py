@@ -187,11 +187,40 @@ def test_the_stages_of_a_row_search_what_the_protocol_says(monkeypatch):
     assert len(rates) == 3 * 2 * 2 and {t.method for t in rates} == {"SGD"}
     methods = len(equal_budget.CONTENDERS)
     assert len(scalars) == methods * 5 * 2 and {t.settings["lr"] for t in scalars} == {0.05}
-    assert len(around) == methods * 3 * 2 and {t.seed for t in around} == set(equal_budget.SEEDS)
+    # All scalars are level and the first is taken, SGD's 0.9: of the others one neighbour is outside.
+    points = {t.setting_key: t for t in around}.values()
+    count = {name: sum(t.method == name for t in points) for name in equal_budget.CONTENDERS}
+    assert count == {name: 5 if name == "SGD" else 4 for name in equal_budget.CONTENDERS}
+    assert len(around) == len(points) * 2 and {t.seed for t in around} == set(equal_budget.SEEDS)
     assert len(fresh) == methods * 6 and not {t.seed for t in fresh} & set(equal_budget.SEEDS)
     assert all(t.settings["test"] and t.settings["withstood"] for t in fresh)
     assert not any("test" in t.settings for t in (*rates, *scalars, *around))
     assert weighed[0].stage == "cost"
+
+
+def test_a_larger_rate_is_tried_with_a_larger_radius_or_a_smaller_momentum():
+    third = pytest.approx(0.02)
+    assert equal_budget.coupled("SAM", 0.06, 0.12) == [(third, 0.12), (third, 0.06), (0.18, 0.12), (0.18, 0.24)]
+    assert equal_budget.coupled("SAM", 0.06, 0.48) == [(third, 0.48), (third, 0.24), (0.18, 0.48)]
+    assert equal_budget.coupled("SGD", 0.06, 0.9) == [(third, 0.9), (third, 0.95), (0.18, 0.9), (0.18, 0.8)]
+
+
+def test_a_method_that_never_ends_is_left_out_and_the_others_are_judged():
+    results = [done("SAM", seed, "tuning") for seed in (0, 1)]
+    results += [done("MSSAM", seed, "tuning", held_out=None, status="failed") for seed in (0, 1)]
+    assert [choice.setting.method for choice in equal_budget.best_of(results)] == ["SAM"]
+
+
+def test_what_an_optimizer_draws_depends_on_the_seed_if_the_settings_say_so():
+    def penalised(seed, **more):
+        settings = dict(equal_budget.trial(ROW, "MSRegularizedSGD, noise", 0.05, 0.0, 1e-4, seed, "smoke").settings)
+        settings["problem"] = ROW
+        problem, data = training.read({**settings, "seed": 0})
+        model, _ = training.begun(problem, {**settings, "seed": 0}, data)
+        return training.optimizer_in({**settings, **more}, model, problem, data).state_dict()
+
+    assert str(penalised(0)) == str(penalised(0)) != str(penalised(1))
+    assert str(penalised(0, own_stream=False)) == str(penalised(1, own_stream=False))
 
 
 def test_what_was_kept_is_read_again_and_not_run_again(tmp_path):
@@ -288,9 +317,7 @@ def test_noise_is_relative_to_each_tensor_so_that_equivalent_networks_suffer_ali
     group = ms_optim.scale_symmetries(model, x)
 
     def logits(name, size):
-        steps = corruptions.steps(
-            model, name, size, corruptions.gradient(model, (x, y)), torch.Generator().manual_seed(1)
-        )
+        steps = corruptions.steps(model, name, size, (x, y), torch.Generator().manual_seed(1))
         with corruptions.moved(model, steps):
             return model(x).detach()
 
@@ -300,21 +327,50 @@ def test_noise_is_relative_to_each_tensor_so_that_equivalent_networks_suffer_ali
         assert torch.allclose(logits(name, size), before, rtol=1e-8, atol=1e-10)
 
 
-def test_an_adversarial_step_has_the_size_that_it_says_and_weights_come_back_to_the_bit():
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_the_adversary_stays_in_its_ball_and_does_more_than_one_step_chance_or_the_other_way(seed):
     torch.set_default_dtype(torch.float64)
+    torch.manual_seed(seed)
     model = ms_optim.models.MLP((6, 5, 3))
     x, y = torch.randn(9, 6), torch.randint(3, (9,))
-    steps = corruptions.steps(model, "adversarial", 0.2, corruptions.gradient(model, (x, y)), torch.Generator())
-    size = (
-        sum(float((step.norm() / p.detach().norm()) ** 2) for step, p in zip(steps, model.parameters(), strict=True))
-        ** 0.5
-    )
-    assert size == pytest.approx(0.2)
+
+    def loss(steps):
+        with corruptions.moved(model, steps), torch.no_grad():
+            return float(torch.nn.functional.cross_entropy(model(x), y))
+
+    def size(steps):
+        ratios = [float(step.norm() / p.detach().norm()) for step, p in zip(steps, model.parameters(), strict=True)]
+        return math.hypot(*ratios)
+
+    worst = corruptions.steps(model, "adversarial", 0.05, (x, y), torch.Generator())
+    assert 0.0 < size(worst) <= 0.05 * (1 + 1e-12)
+    norms = [p.detach().norm() for p in model.parameters()]
+    slope = corruptions.gradient(model, (x, y))
+    once = [t**2 * g for t, g in zip(norms, slope, strict=True)]
+    once = [0.05 / size(once) * step for step in once]
+    chance = [torch.randn_like(step) for step in worst]
+    chance = [0.05 / size(chance) * step for step in chance]
+    assert loss(worst) >= loss(once) - 1e-4 and loss(worst) > loss(chance) and loss(worst) > loss([-e for e in worst])
+
+
+def test_weights_come_back_to_the_bit():
+    model = ms_optim.models.MLP((6, 5, 3))
+    x, y = torch.randn(9, 6), torch.randint(3, (9,))
+    steps = corruptions.steps(model, "adversarial", 0.2, (x, y), torch.Generator())
     before = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(KeyError), corruptions.moved(model, steps):
         assert not torch.equal(before[0], model[1].weight)
         raise KeyError
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_gains_and_biases_keep_their_bits_whatever_their_shape_is():
+    model = problems.PROBLEMS["CIFAR-10 2,000, ResMLP"].build()
+    steps = corruptions.steps(model, "bits", 2, (torch.empty(0), torch.empty(0)), torch.Generator())
+    moved = {name for (name, _), step in zip(model.named_parameters(), steps, strict=True) if step.any()}
+    # (The head is 0 at first, and stays so.)
+    assert moved == {name for name, _ in model.named_parameters() if name.endswith("weight")} - {"head.weight"}
 
 
 def test_an_erased_square_has_the_share_of_the_side():
