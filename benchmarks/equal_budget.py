@@ -8,99 +8,47 @@ noisy as the ones that are trained on.  A scalar or a learning rate at the edge 
 of two weight decays either is at an edge.
 
 *Judgement.*  The chosen setting is trained from six fresh seeds, each of which draws images, noise, held-out part,
-weights and order, the same for all methods, and the test images are looked at once.  Differences are taken seed by seed
-(paired t-test after Holm's correction over the methods of a row; flips of signs, uncorrected).  The reference of a row
-is the best of SAM and the ASAMs *on the test images*, a choice in their favour.
+weights, order and what the optimizer draws itself, the same for all methods, and the 10,000 test images are looked at
+once.  Differences are taken seed by seed (paired t-test after Holm's correction over the methods of a row; flips of
+signs, uncorrected: of six seeds they cannot be below 0.031, which no correction leaves).  The choice is one for all
+fresh seeds: that another search might have chosen otherwise is in no interval.  The reference of a row is the best of
+SAM and the ASAMs *on the test images*, a choice in their favour: where all are equal it is hardly ever surpassed.  A
+training that diverges counts as guessing.
 
-*Rows.*  Two are for development: defaults and grids were chosen by looking at them.  On the other four nothing was.
+*Rows.*  Two are for development: defaults and grids were chosen by looking at them (benchmarks.gauge, with the same
+fresh seeds).  On the other four nothing was; MNIST with 60 % of noise has the development rows' test images and MLP,
+though.  A ResMLP begins with a head of zeros: all other traces are 0 at the first refresh, and until the second one, a
+fifth of its training, representatives follow from norms alone.
 
-*Budget.*  Epochs are equal.  SGD is there with twice the epochs as well, which is what SAM's two passes cost; the last
+*Budget.*  Epochs are equal.  SGD is there with twice the epochs as well, which is what SAM's two passes cost.  The last
 columns say what a step takes on this machine, by itself and in units of one of SGD's, how many gradients of the loss it
-needs, and what memory it uses above model and images.
+needs, in the mean of the first ten steps (what a refresh or a penalty differentiates is in its time alone), and what
+memory it uses above model and images.  RSAM begins with an epoch of SGD, as its authors do.
 
-*Weight noise.*  What the networks of the fresh seeds withstand is a page of its own (:mod:`benchmarks.weight_noise`).
+What the networks of the fresh seeds withstand is a page of its own, benchmarks.weight_noise.
 
     MS_OPTIM_DATA=... python -m benchmarks.equal_budget
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from ms_optim import sweep
-from ms_optim.demo.report import mean_and_error
-from ms_optim.sweep import Choice, Difference, Result, Trial
+from ms_optim.sweep import Trial
 
-from . import cost, training, trials
-from .figure import pyplot, save
+from . import cost, equal_budget_page, training, trials
+from .entrants import CONTENDERS, LONGER, SGD
+from .equal_budget_page import best_of, scalar
 from .harness import Run
 from .problems import PAPER, PROBLEMS, problem_of
-from .rows import Row, seed_by_seed
 
+details, draw, summary = equal_budget_page.details, equal_budget_page.draw, equal_budget_page.summary
 FUNCTION = "benchmarks.equal_budget:trained"
 SCALES, DEVICES = trials.SCALES, ("cpu", "cuda")
 RATES, DECAYS = (0.02, 0.05, 0.1), (5e-4, 5e-3)
 SEEDS, FRESH = (1_000, 1_001), range(6)
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A method, and what it searches.
-
-    Attributes:
-        optimizer: Its name.
-        scalar: The argument that it searches.
-        values: Five of them, rising.
-        options: Its other arguments.
-        epochs: A factor.
-        shown: The scalar's symbol.
-    """
-
-    optimizer: str
-    scalar: str
-    values: tuple[float, ...]
-    options: Mapping[str, Any] = field(default_factory=dict)
-    epochs: int = 1
-    shown: str = "ρ"
-
-
-_RADII = (0.03, 0.06, 0.12, 0.24, 0.48)
-_ADAPTIVE = (0.25, 0.5, 1.0, 2.0, 4.0)
-_ELEMENTS = (0.5, 1.0, 2.0, 4.0, 8.0)
-_LAYERS = (0.0025, 0.005, 0.01, 0.02, 0.04)
-# Options in full, defaults included: a training is its settings, whatever the package's defaults will be.
-_ROWS = {"rebalance": "rows", "refresh_every": 100, "columns": 2}
-_TRACE = {**_ROWS, "gauge": 0.0, "gradient": "trace"}
-SGD, LONGER, MSSAM = "SGD", "SGD, twice the epochs", "MSSAM"
-#: Those that the report has a row for; the others are there if they did not work.
-SHOWN = (LONGER, MSSAM, "MSSAM, κ = 0", "ASAM, layer, at rows", "MSRegularizedSGD, trace", "MSRegularizedSGD, noise")
-#: Those of which the best one is the reference.
-BASELINES = ("SAM", "ASAM, official", "ASAM, elementwise", "ASAM, layer")
-#: Points below the reference up to which the figure goes.
-_FURTHEST = -4.0
-CONTENDERS: dict[str, Contender] = {
-    SGD: Contender("SGD", "momentum", (0.0, 0.5, 0.8, 0.9, 0.95), shown="momentum"),
-    LONGER: Contender("SGD", "momentum", (0.0, 0.5, 0.8, 0.9, 0.95), epochs=2, shown="momentum"),
-    "SAM": Contender("SAM", "rho", _RADII),
-    "ASAM, official": Contender("ASAM", "rho", _ADAPTIVE, {"operator": "official", "eta": 0.01}),
-    "ASAM, elementwise": Contender("ASAM", "rho", _ELEMENTS, {"operator": "elementwise"}),
-    "ASAM, layer": Contender("ASAM", "rho", _LAYERS, {"operator": "layer"}),
-    # The package's defaults, in full; the best of the exploration (benchmarks.gauge); the ball of the smallest trace.
-    MSSAM: Contender("MSSAM", "rho", _RADII, {**_ROWS, "gauge": 0.5}),
-    "ASAM, layer, at rows": Contender("ASAM", "rho", _LAYERS, {"operator": "layer", **_ROWS, "gauge": 0.0}),
-    "MSSAM, κ = 0": Contender("MSSAM", "rho", _RADII, {**_ROWS, "gauge": 0.0}),
-    "MSRegularizedSGD, trace": Contender(
-        "MSRegularizedSGD", "strength", (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), _TRACE, shown="λ"
-    ),
-    "MSRegularizedSGD, noise": Contender(
-        "MSRegularizedSGD", "strength", (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), {**_TRACE, "gradient": "noise"}, shown="λ"
-    ),
-    "RSAM": Contender("RSAM", "rho", (0.1, 0.2, 0.4, 0.8, 1.6), {"order": 1.2}),
-    "FrobSAM": Contender("FrobSAM", "strength", (1e-5, 1e-4, 1e-3, 3e-3, 1e-2), {"rho": 0.01, "samples": 2}, shown="λ"),
-}
 
 
 def trained(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -217,19 +165,6 @@ def coupled(name: str, lr: float, best: float) -> list[tuple[float, float]]:
     return found
 
 
-def best_of(results: Sequence[Result]) -> list[Choice]:
-    """The best setting of each method on held-out images, of those of which a training ended.
-
-    Args:
-        results: All.
-
-    Returns:
-        A choice for each method.
-    """
-    ended = {(r.trial.problem, r.trial.method) for r in results if r.value("held_out") is not None}
-    return sweep.choose([r for r in results if (r.trial.problem, r.trial.method) in ended], "held_out")
-
-
 def cost_trial(row: str, scale: str) -> Trial:
     """Time and memory of a step of every method.
 
@@ -249,101 +184,8 @@ def cost_trial(row: str, scale: str) -> Trial:
     return Trial({"cost": methods, "problem": row, "row": size, "scale": scale, "seed": 0}, "all", row, "cost")
 
 
-def scalar(choice: Choice) -> float:
-    """The value of the method's own argument."""
-    value: float = choice.setting.settings["options"][CONTENDERS[choice.setting.method].scalar]
-    return value
-
-
-def chosen_text(choice: Choice) -> str:
-    """What was chosen, with marks at the edges of the grids.
-
-    Args:
-        choice: Of a method.
-
-    Returns:
-        Words.
-    """
-    settings, method = choice.setting.settings, CONTENDERS[choice.setting.method]
-    mark = " (edge)" if sweep.at_edge(scalar(choice), method.values) else ""
-    rate = f"{settings['lr']:.3g}{' (edge)' if 'lr' in choice.edges else ''}"
-    return f"{method.shown} {scalar(choice):g}{mark}, lr {rate}, wd {settings['weight_decay']:g}"
-
-
-def accuracies(results: Sequence[Result], row: str, name: str) -> dict[int, float]:
-    """Test accuracy from fresh seeds; a training that diverged has that of chance.
-
-    Args:
-        results: All.
-        row: The problem.
-        name: The method.
-
-    Returns:
-        Seed → per cent.
-    """
-    mine = [r for r in results if (r.trial.problem, r.trial.method, r.trial.stage) == (row, name, "fresh")]
-    found = {}
-    for result in mine:
-        value = result.value("test")
-        if value is not None or result.status == "diverged":
-            found[int(result.trial.seed)] = 10.0 if value is None else 100 * value
-    return found
-
-
-def reference(results: Sequence[Result], row: str) -> str | None:
-    """The best of SAM and the ASAMs on the test images.
-
-    Args:
-        results: All.
-        row: The problem.
-
-    Returns:
-        Its name; ``None`` if none was run.
-    """
-    found = {name: list(accuracies(results, row, name).values()) for name in BASELINES}
-    means = {name: mean_and_error(values)[0] for name, values in found.items() if values}
-    return max(means, key=means.__getitem__) if means else None
-
-
-def differences(results: Sequence[Result], row: str) -> dict[str, Difference]:
-    """Every method minus the reference, seed by seed.
-
-    Args:
-        results: All.
-        row: The problem.
-
-    Returns:
-        Method → difference, in points.
-    """
-    best = reference(results, row)
-    if best is None:
-        return {}
-    base = accuracies(results, row, best)
-    found = {}
-    for name in CONTENDERS:
-        mine = accuracies(results, row, name)
-        if mine and name != best:
-            found[name] = Difference.of(seed_by_seed(mine, base))
-    return found
-
-
-def verdict(difference: Difference, corrected: float) -> str:
-    """What a difference says at the level of 5 %, corrected.
-
-    Args:
-        difference: Method minus reference.
-        corrected: The p-value of the t-test after Holm's correction.
-
-    Returns:
-        A word or two.
-    """
-    if not math.isfinite(corrected) or corrected > 0.05:
-        return "no difference shown"
-    return "better" if difference.mean > 0 else "worse"
-
-
 def body(runs: Sequence[Run]) -> list[str]:
-    """A table for every row.
+    """How it was done, and a table for every row.
 
     Args:
         runs: All lines of one run.
@@ -351,140 +193,9 @@ def body(runs: Sequence[Run]) -> list[str]:
     Returns:
         Lines of Markdown.
     """
-    results = [trials.result_of(run) for run in runs]
-    lines = [
-        "Test accuracy in per cent, mean ± standard error over fresh seeds; difference to the best of SAM and the "
-        "ASAMs [95 % interval]; p of the paired t-test after Holm's correction, which the verdict goes by, and of the "
-        "exact test that flips signs, uncorrected: of six seeds it cannot be below 0.031, which no correction leaves.",
-    ]
-    choices = sweep.choose(results, "held_out")
-    for row, problem in {**PROBLEMS, **PAPER}.items():
-        mine = {choice.setting.method: choice for choice in choices if choice.setting.problem == row}
-        if not mine:
-            continue
-        lines += ["", f"## {row} ({'judging' if problem.judging else 'development'})", ""]
-        lines += [
-            "| method | chosen | test accuracy (n) | difference | p (t), p (signs) | verdict "
-            "| ms a step | ÷ SGD's | gradients | MiB |"
-        ]
-        lines += [f"|{' --- |' * 10}", *row_lines(results, row, mine)]
-    return lines
-
-
-def row_lines(results: Sequence[Result], row: str, choices: Mapping[str, Choice]) -> list[str]:
-    """The lines of one row's table.
-
-    Args:
-        results: All.
-        row: The problem.
-        choices: Method → what was chosen.
-
-    Returns:
-        Lines of Markdown.
-    """
-    best, apart = reference(results, row), differences(results, row)
-    by_t = dict(zip(apart, sweep.holm([each.p_t for each in apart.values()]), strict=True))
-    costs = next((r.outcome for r in results if (r.trial.problem, r.trial.stage) == (row, "cost")), {})
-    lines = []
-    for name in CONTENDERS:
-        values = list(accuracies(results, row, name).values())
-        if name not in choices or not values:
-            continue
-        mean, error = mean_and_error(values)
-        cells = [name, chosen_text(choices[name]), f"{mean:.2f} ± {error:.2f} ({len(values)})"]
-        if name == best:
-            cells += ["", "", "the reference"]
-        elif name in apart:
-            found = apart[name]
-            cells += [f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"]
-            cells += [f"{by_t[name]:.3f}, {found.p_signs:.3f}", verdict(found, by_t[name])]
-        else:
-            cells += ["", "", ""]
-        mine = costs.get("methods", {}).get(SGD if name == LONGER else name, {})
-        # (Of a step, whichever the number of epochs is; the traces of a refresh or of a penalty are in its time alone.)
-        shown = {"seconds": "{:.1f}", "ratio": "{:.2f}", "gradients": "{:g}", "mib": "{:.1f}"}
-        ours = {**mine, "seconds": 1000 * mine["seconds"]} if "seconds" in mine else mine
-        cells += [text.format(ours[key]) if key in ours else "" for key, text in shown.items()]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
-def draw(runs: Sequence[Run], path: Any) -> None:
-    """Differences to the best of SAM and the ASAMs: a panel per row, a line per method, 95 % intervals.
-
-    Args:
-        runs: All lines of one run.
-        path: Where the figure is written.
-    """
-    results = [trials.result_of(run) for run in runs]
-    rows = [row for row in {**PROBLEMS, **PAPER} if differences(results, row)]
-    if not rows:
-        return
-    figure, panels = pyplot().subplots(
-        1, len(rows), figsize=(2.6 + 2.6 * len(rows), 4.2), sharey=True, squeeze=False, layout="constrained"
-    )
-    for row, axis in zip(rows, panels[0], strict=True):
-        apart = differences(results, row)
-        axis.axvline(0.0, color="grey", linewidth=0.8)
-        for place, name in enumerate(CONTENDERS):
-            found = apart.get(name)
-            if found is None:
-                continue
-            colour = "C3" if "MS" in name or "rows" in name else "C0" if name in BASELINES else "C7"
-            if found.mean < _FURTHEST:  # what did not train would leave nothing to see of the others
-                axis.text(_FURTHEST, place, f"◂ {found.mean:.1f}", color=colour, va="center", fontsize=8)
-            else:
-                bars = [[found.mean - found.low], [found.high - found.mean]]
-                axis.errorbar([found.mean], [place], xerr=bars, fmt="o", color=colour, markersize=4)
-        axis.set_xlim(_FURTHEST, -_FURTHEST / 2)
-        axis.set_title(f"{row}\nagainst {reference(results, row)}", fontsize=8)
-        axis.set_xlabel("points", fontsize=8)
-    panels[0][0].set_yticks(range(len(CONTENDERS)), list(CONTENDERS), fontsize=8)
-    panels[0][0].set_ylim(len(CONTENDERS) - 0.5, -0.5)
-    save(figure, path)
-
-
-def summary(runs: Sequence[Run]) -> list[Row]:
-    """MSSAM and the regularised SGDs against the best of SAM and the ASAMs, row by row; and all against SGD's budget.
-
-    Args:
-        runs: All lines of one run.
-
-    Returns:
-        Rows of the report.
-    """
-    results = [trials.result_of(run) for run in runs]
-    made = []
-    for row, problem in {**PROBLEMS, **PAPER}.items():
-        best, apart = reference(results, row), differences(results, row)
-        corrected = dict(zip(apart, sweep.holm([each.p_t for each in apart.values()]), strict=True))
-        for name, found in apart.items():
-            ours = f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}] points (n = {found.n})"
-            kind = "judging" if problem.judging else "development"
-            claim = f"{row} ({kind}): {name} against {best}, the best of SAM and the ASAMs"
-            made.append(Row(claim, ours, verdict(found, corrected[name]), detail=name not in SHOWN))
-    return made
-
-
-def details(runs: Sequence[Run]) -> list[str]:
-    """What every setting gave on held-out images.
-
-    Args:
-        runs: All lines of one run.
-
-    Returns:
-        Lines of Markdown.
-    """
-    results = [trials.result_of(run) for run in runs if run["stage"] == "tuning"]
-    lines = ["## The search", "", "Held-out accuracy, per cent, mean of the seeds; × where one diverged.", ""]
-    lines += ["| row | method | scalar, lr, wd: accuracy |", "| --- | --- | --- |"]
-
-    def words(setting: sweep.Setting) -> tuple[str, str]:
-        value = setting.settings["options"][CONTENDERS[setting.method].scalar]
-        there = f"{value:g}, {setting.settings['lr']:.3g}, {setting.settings['weight_decay']:g}"
-        return there, f"{100 * setting.mean('held_out')[0]:.1f}"
-
-    return lines + trials.search_log(results, words)
+    _, protocol = str(__doc__).split("\n", 1)
+    protocol, _ = protocol.rsplit("\n\n", 1)  # less the command
+    return [*protocol.strip().splitlines(), "", *equal_budget_page.body(runs)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -26,7 +26,8 @@ from ms_optim import sweep
 from ms_optim.demo.report import mean_and_error
 from ms_optim.sweep import Difference, Trial
 
-from . import equal_budget, trials
+from . import trials
+from .equal_budget_page import accuracies
 from .harness import Run
 from .rows import Row, compared, seed_by_seed
 
@@ -157,8 +158,8 @@ def body(runs: Sequence[Run]) -> list[str]:
     choices = {(c.setting.problem, c.setting.method): c for c in sweep.choose(results, "held_out")}
     for (row, contender), choice in choices.items():
         mine, reference = (
-            equal_budget.accuracies(results, row, contender),
-            equal_budget.accuracies(results, row, REFERENCE),
+            accuracies(results, row, contender),
+            accuracies(results, row, REFERENCE),
         )
         if not mine:
             continue
@@ -173,7 +174,7 @@ def body(runs: Sequence[Run]) -> list[str]:
         f"{contender} ({row})"
         for row, contenders in ROWS.items()
         for contender in contenders
-        if not equal_budget.accuracies(results, row, contender)
+        if not accuracies(results, row, contender)
     ]
     return lines + (["", f"Not measured: {'; '.join(missing)}."] if missing else [])
 
@@ -195,9 +196,9 @@ def summary(runs: Sequence[Run]) -> list[Row]:
     results = [trials.result_of(run) for run in runs]
     made = []
     for row in ROWS:
-        base = equal_budget.accuracies(results, row, REFERENCE)
+        base = accuracies(results, row, REFERENCE)
         for contender in VARIANTS:
-            mine = equal_budget.accuracies(results, row, contender)
+            mine = accuracies(results, row, contender)
             if mine and contender != REFERENCE:
                 ours, word = compared(seed_by_seed(mine, base))
                 claim = f"{row} (development): {contender} against SAM"

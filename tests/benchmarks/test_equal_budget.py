@@ -9,7 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ms_optim
-from benchmarks import corruptions, cost, equal_budget, gauge, problems, training, trials, weight_noise
+from benchmarks import (
+    corruptions,
+    cost,
+    equal_budget,
+    equal_budget_page,
+    gauge,
+    problems,
+    training,
+    trials,
+    weight_noise,
+)
 from ms_optim.errors import DivergedError
 from ms_optim.sweep import Resources, Result, Trial
 
@@ -144,8 +154,8 @@ def test_the_reference_is_the_best_of_sam_and_the_asams_and_differences_are_pair
         base = 0.9 + 0.01 * seed
         results += [done("SAM", seed, test=base - 0.02), done("ASAM, layer", seed, test=base)]
         results += [done("MSSAM", seed, test=base + 0.01 + 0.0001 * seed), done("SGD", seed, test=base - 0.1)]
-    assert equal_budget.reference(results, ROW) == "ASAM, layer"
-    apart = equal_budget.differences(results, ROW)
+    assert equal_budget_page.reference(results, ROW) == "ASAM, layer"
+    apart = equal_budget_page.differences(results, ROW)
     assert apart["MSSAM"].mean == pytest.approx(1.01) and apart["SGD"].mean == pytest.approx(-10.0)
     page = "\n".join(equal_budget.body([trials.line_of(result) for result in results]))
     assert "| ASAM, layer | ρ 0.01, lr 0.05, wd 0.0005 | 91.00 ± 0.58 (3) |  |  | the reference |  |  |" in page
@@ -154,7 +164,7 @@ def test_the_reference_is_the_best_of_sam_and_the_asams_and_differences_are_pair
 
 def test_a_training_that_diverged_has_the_accuracy_of_chance():
     results = [done("SAM", 0, test=0.9), done("SAM", 1, status="diverged"), done("SAM", 2, status="failed")]
-    assert equal_budget.accuracies(results, ROW, "SAM") == {0: 90.0, 1: 10.0}
+    assert equal_budget_page.accuracies(results, ROW, "SAM") == {0: 90.0, 1: 10.0}
     page = gauge.body([trials.line_of(result) for result in [done("SAM", 1_000, "tuning"), *results]])
     assert any(line.startswith(f"| {ROW} | SAM |") and line.endswith("| 50.00 ± 40.00 |  | 2 |") for line in page)
     cells = weight_noise.found([trials.line_of(result) for result in results[1:]])
@@ -208,7 +218,7 @@ def test_a_larger_rate_is_tried_with_a_larger_radius_or_a_smaller_momentum():
 def test_a_method_that_never_ends_is_left_out_and_the_others_are_judged():
     results = [done("SAM", seed, "tuning") for seed in (0, 1)]
     results += [done("MSSAM", seed, "tuning", held_out=None, status="failed") for seed in (0, 1)]
-    assert [choice.setting.method for choice in equal_budget.best_of(results)] == ["SAM"]
+    assert [choice.setting.method for choice in equal_budget_page.best_of(results)] == ["SAM"]
 
 
 def test_what_an_optimizer_draws_depends_on_the_seed_if_the_settings_say_so():
@@ -418,12 +428,19 @@ def test_the_report_says_better_only_where_it_is_so_after_a_correction_for_all_r
             for name, sizes in values.items():
                 runs.append(trials.line_of(done(name, seed, withstood={"none": {"0": 0.9}, "gaussian": sizes})))
         (row,) = (row for row in weight_noise.summary(runs) if "gaussian noise on weights" in row.claim)
+        ahead = [{**run, "withstood": {**run["withstood"], "none": {"0": 0.8}}} for run in runs[::2]]
+        (level,) = (row for row in weight_noise.summary([*ahead, *runs[1::2]]) if "gaussian noise on" in row.claim)
+        # Ten points less without corruption are ten points more that were withstood.
+        assert float(level.ours.split("mean ")[1].split()[0]) == pytest.approx(first_mean(row) + 10)
         return row.ours.split(";")[0], row.verdict
 
+    def first_mean(row):
+        return float(row.ours.split("mean ")[1].split()[0])
+
     # The mean of three differences 0.006 apart is t = mean √3 / 0.006: p = 0.03 at 0.02, and 0.005 at 0.05.
-    assert made(0.02) == ("above in 0, below in 0 of 4 (row, size)", "no difference shown")
-    assert made(0.05) == ("above in 1, below in 0 of 4 (row, size)", "better")
-    assert made(-0.05) == ("above in 0, below in 1 of 4 (row, size)", "worse")
+    assert made(0.02) == ("less in 0, more in 0 of 4 (row, size)", "no difference shown")
+    assert made(0.05) == ("less in 1, more in 0 of 4 (row, size)", "better")
+    assert made(-0.05) == ("less in 0, more in 1 of 4 (row, size)", "worse")
 
 
 def test_cost_is_relative_to_sgd_and_counts_gradients():
@@ -495,3 +512,22 @@ def test_the_figure_has_the_methods_and_says_what_is_too_far_below(tmp_path):
     assert "◂ -40.0" in drawn and f"{ROW}" in drawn and "against SAM" in drawn and "MSRegularizedSGD, noise" in drawn
     equal_budget.draw([], tmp_path / "nothing.svg")
     assert not (tmp_path / "nothing.svg").exists()
+
+
+def test_of_two_choices_the_one_that_holds_is_judged():
+    """A run that was stopped and went on chose otherwise, and what was judged before is still among its lines."""
+    results = [done("SAM", seed, "tuning", held_out=0.5, value=0.06) for seed in (0, 1)]
+    results += [done("SAM", seed, "tuning", held_out=0.6, value=0.12) for seed in (0, 1)]
+    now = [done("SAM", seed, value=0.12, test=0.9) for seed in range(2)]
+    before = [done("SAM", seed, value=0.06, test=0.8) for seed in range(3)]
+    for lines in (results + now + before, before + results + now):
+        assert equal_budget_page.accuracies(lines, ROW, "SAM") == {0: 90.0, 1: 90.0}
+
+
+def test_the_page_tells_the_protocol_and_edges_are_of_what_was_tried():
+    results = [done("SAM", seed, "tuning", held_out=0.5 + v, value=v) for seed in (0, 1) for v in (0.06, 0.12)]
+    results += [done("SAM", seed, value=0.12, test=0.9) for seed in range(2)]
+    lines = equal_budget.body([trials.line_of(result) for result in results])
+    assert lines[0].startswith("*Search.*") and not any("MS_OPTIM_DATA" in line for line in lines)
+    (row,) = (line for line in lines if line.startswith("| SAM "))
+    assert "ρ 0.12 (edge), lr 0.05, wd 0.0005" in row and "the reference" in row

@@ -1,0 +1,288 @@
+"""The page of :mod:`benchmarks.equal_budget`: a table for every row of the comparison, and a figure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ms_optim import sweep
+from ms_optim.demo.report import mean_and_error
+from ms_optim.sweep import Choice, Difference, Result
+from ms_optim.sweep.trial import canonical
+
+from . import trials
+from .entrants import BASELINES, CONTENDERS, LONGER, MSSAM, SGD, SHOWN
+from .figure import pyplot, save
+from .harness import Run
+from .problems import PAPER, PROBLEMS
+from .rows import Row, compared, seed_by_seed
+
+#: Points below the reference up to which the figure goes.
+_FURTHEST = -4.0
+
+
+def best_of(results: Sequence[Result]) -> list[Choice]:
+    """The best setting of each method on held-out images, of those of which a training ended.
+
+    Args:
+        results: All.
+
+    Returns:
+        A choice for each method.
+    """
+    ended = {(r.trial.problem, r.trial.method) for r in results if r.value("held_out") is not None}
+    return sweep.choose([r for r in results if (r.trial.problem, r.trial.method) in ended], "held_out")
+
+
+def scalar(choice: Choice) -> float:
+    """The value of the method's own argument."""
+    value: float = choice.setting.settings["options"][CONTENDERS[choice.setting.method].scalar]
+    return value
+
+
+def chosen_text(choice: Choice) -> str:
+    """What was chosen, with marks at the edges of the grids.
+
+    Args:
+        choice: Of a method.
+
+    Returns:
+        Words.
+    """
+    settings, method = choice.setting.settings, CONTENDERS[choice.setting.method]
+    mark = " (edge)" if f"options.{method.scalar}" in choice.edges else ""
+    rate = f"{settings['lr']:.3g}{' (edge)' if 'lr' in choice.edges else ''}"
+    return f"{method.shown} {scalar(choice):g}{mark}, lr {rate}, wd {settings['weight_decay']:g}"
+
+
+def accuracies(results: Sequence[Result], row: str, name: str) -> dict[int, float]:
+    """Test accuracy from fresh seeds; a training that diverged has that of chance.
+
+    Args:
+        results: All.
+        row: The problem.
+        name: The method.
+
+    Returns:
+        Seed → per cent.
+    """
+    all_of_it = [r for r in results if (r.trial.problem, r.trial.method) == (row, name)]
+    mine = [r for r in all_of_it if r.trial.stage == "fresh"]
+    if len({_point(r) for r in mine}) > 1:  # a run that went on after another choice, and is not at its end
+        chosen = {_point(choice.setting.results[0]) for choice in best_of(all_of_it)}
+        mine = [r for r in mine if _point(r) in chosen]
+    found = {}
+    for result in mine:
+        value = result.value("test")
+        if value is not None or result.status == "diverged":
+            found[int(result.trial.seed)] = 10.0 if value is None else 100 * value
+    return found
+
+
+def _point(result: Result) -> str:
+    """A setting, whatever was measured at it."""
+    left_out = ("seed", "test", "withstood")
+    return canonical({name: value for name, value in result.trial.settings.items() if name not in left_out})
+
+
+def reference(results: Sequence[Result], row: str) -> str | None:
+    """The best of SAM and the ASAMs on the test images.
+
+    Args:
+        results: All.
+        row: The problem.
+
+    Returns:
+        Its name; ``None`` if none was run.
+    """
+    found = {name: list(accuracies(results, row, name).values()) for name in BASELINES}
+    means = {name: mean_and_error(values)[0] for name, values in found.items() if values}
+    return max(means, key=means.__getitem__) if means else None
+
+
+def differences(results: Sequence[Result], row: str) -> dict[str, Difference]:
+    """Every method minus the reference, seed by seed.
+
+    Args:
+        results: All.
+        row: The problem.
+
+    Returns:
+        Method → difference, in points.
+    """
+    best = reference(results, row)
+    if best is None:
+        return {}
+    base = accuracies(results, row, best)
+    found = {}
+    for name in CONTENDERS:
+        mine = accuracies(results, row, name)
+        if mine and name != best:
+            found[name] = Difference.of(seed_by_seed(mine, base))
+    return found
+
+
+def verdict(difference: Difference, corrected: float) -> str:
+    """What a difference says at the level of 5 %, corrected.
+
+    Args:
+        difference: Method minus reference.
+        corrected: The p-value of the t-test after Holm's correction.
+
+    Returns:
+        A word or two.
+    """
+    if not math.isfinite(corrected) or corrected > 0.05:
+        return "no difference shown"
+    return "better" if difference.mean > 0 else "worse"
+
+
+def body(runs: Sequence[Run]) -> list[str]:
+    """A table for every row.
+
+    Args:
+        runs: All lines of one run.
+
+    Returns:
+        Lines of Markdown.
+    """
+    results = [trials.result_of(run) for run in runs]
+    lines = [
+        "Test accuracy in per cent, mean ± standard error over fresh seeds; difference to the best of SAM and the "
+        "ASAMs [95 % interval]; p of the paired t-test after Holm's correction, which the verdict goes by, and of the "
+        "exact test that flips signs.",
+    ]
+    choices = best_of(results)
+    for row, problem in {**PROBLEMS, **PAPER}.items():
+        mine = {choice.setting.method: choice for choice in choices if choice.setting.problem == row}
+        if not mine:
+            continue
+        lines += ["", f"## {row} ({'judging' if problem.judging else 'development'})", ""]
+        lines += [
+            "| method | chosen | test accuracy (n) | difference | p (t), p (signs) | verdict "
+            "| ms a step | ÷ SGD's | gradients | MiB |"
+        ]
+        lines += [f"|{' --- |' * 10}", *row_lines(results, row, mine)]
+    return lines
+
+
+def row_lines(results: Sequence[Result], row: str, choices: Mapping[str, Choice]) -> list[str]:
+    """The lines of one row's table.
+
+    Args:
+        results: All.
+        row: The problem.
+        choices: Method → what was chosen.
+
+    Returns:
+        Lines of Markdown.
+    """
+    best, apart = reference(results, row), differences(results, row)
+    by_t = dict(zip(apart, sweep.holm([each.p_t for each in apart.values()]), strict=True))
+    costs = next((r.outcome for r in results if (r.trial.problem, r.trial.stage) == (row, "cost")), {})
+    lines = []
+    for name in CONTENDERS:
+        values = list(accuracies(results, row, name).values())
+        if name not in choices or not values:
+            continue
+        mean, error = mean_and_error(values)
+        cells = [name, chosen_text(choices[name]), f"{mean:.2f} ± {error:.2f} ({len(values)})"]
+        if name == best:
+            cells += ["", "", "the reference"]
+        elif name in apart:
+            found = apart[name]
+            cells += [f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"]
+            cells += [f"{by_t[name]:.3f}, {found.p_signs:.3f}", verdict(found, by_t[name])]
+        else:
+            cells += ["", "", ""]
+        mine = costs.get("methods", {}).get(SGD if name == LONGER else name, {})
+        shown = {"seconds": "{:.1f}", "ratio": "{:.2f}", "gradients": "{:g}", "mib": "{:.1f}"}
+        ours = {**mine, "seconds": 1000 * mine["seconds"]} if "seconds" in mine else mine
+        cells += [text.format(ours[key]) if key in ours else "" for key, text in shown.items()]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def draw(runs: Sequence[Run], path: Any) -> None:
+    """Differences to the best of SAM and the ASAMs: a panel per row, a line per method, 95 % intervals.
+
+    Args:
+        runs: All lines of one run.
+        path: Where the figure is written.
+    """
+    results = [trials.result_of(run) for run in runs]
+    rows = [row for row in {**PROBLEMS, **PAPER} if differences(results, row)]
+    if not rows:
+        return
+    figure, panels = pyplot().subplots(
+        1, len(rows), figsize=(2.6 + 2.6 * len(rows), 4.2), sharey=True, squeeze=False, layout="constrained"
+    )
+    for row, axis in zip(rows, panels[0], strict=True):
+        apart = differences(results, row)
+        axis.axvline(0.0, color="grey", linewidth=0.8)
+        for place, name in enumerate(CONTENDERS):
+            found = apart.get(name)
+            if found is None:
+                continue
+            colour = "C3" if "MS" in name or "rows" in name else "C0" if name in BASELINES else "C7"
+            if found.mean < _FURTHEST:  # what did not train would leave nothing to see of the others
+                axis.text(_FURTHEST, place, f"◂ {found.mean:.1f}", color=colour, va="center", fontsize=8)
+            else:
+                bars = [[found.mean - found.low], [found.high - found.mean]]
+                axis.errorbar([found.mean], [place], xerr=bars, fmt="o", color=colour, markersize=4)
+        axis.set_xlim(_FURTHEST, max(2.0, *(found.high + 0.2 for found in apart.values() if found.n > 1)))
+        axis.set_title(f"{row}\nagainst {reference(results, row)}", fontsize=8)
+        axis.set_xlabel("points", fontsize=8)
+    panels[0][0].set_yticks(range(len(CONTENDERS)), list(CONTENDERS), fontsize=8)
+    panels[0][0].set_ylim(len(CONTENDERS) - 0.5, -0.5)
+    save(figure, path)
+
+
+def summary(runs: Sequence[Run]) -> list[Row]:
+    """All against the best of SAM and the ASAMs, row by row; and MSSAM against SGD with as many passes.
+
+    Args:
+        runs: All lines of one run.
+
+    Returns:
+        Rows of the report.
+    """
+    results = [trials.result_of(run) for run in runs]
+    made = []
+    for row, problem in {**PROBLEMS, **PAPER}.items():
+        best, apart = reference(results, row), differences(results, row)
+        kind = "judging" if problem.judging else "development"
+        corrected = dict(zip(apart, sweep.holm([each.p_t for each in apart.values()]), strict=True))
+        for name, found in apart.items():
+            ours = f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}] points (n = {found.n})"
+            claim = f"{row} ({kind}): {name} against {best}, the best of SAM and the ASAMs"
+            made.append(Row(claim, ours, verdict(found, corrected[name]), detail=name not in SHOWN))
+        ours, longer = (accuracies(results, row, name) for name in (MSSAM, LONGER))
+        if ours and longer:
+            text, word = compared(seed_by_seed(ours, longer))
+            made.append(Row(f"{row} ({kind}): {MSSAM} against {LONGER}, as many passes", f"{text} points", word))
+    return made
+
+
+def details(runs: Sequence[Run]) -> list[str]:
+    """What every setting gave on held-out images.
+
+    Args:
+        runs: All lines of one run.
+
+    Returns:
+        Lines of Markdown.
+    """
+    results = [trials.result_of(run) for run in runs if run["stage"] == "tuning"]
+    lines = ["## The search", "", "Held-out accuracy, per cent, mean of the seeds; × where one diverged.", ""]
+    lines += ["| row | method | scalar, lr, wd: accuracy |", "| --- | --- | --- |"]
+
+    def words(setting: sweep.Setting) -> tuple[str, str]:
+        value = setting.settings["options"][CONTENDERS[setting.method].scalar]
+        there = f"{value:g}, {setting.settings['lr']:.3g}, {setting.settings['weight_decay']:g}"
+        return there, f"{100 * setting.mean('held_out')[0]:.1f}"
+
+    return lines + trials.search_log(results, words)
+
+
