@@ -260,7 +260,8 @@ def body(runs: Sequence[Run]) -> list[str]:
     reached = f"**missed**: {'; '.join(missed)}" if missed else "reached" if found else "not measured"
     return [
         "Goal: MSSAM and MSRegularizedSGD are flat where there is no BatchNorm. "
-        f"{len(found) - len(missed)} of {len(found)} comparisons are flat; {reached}.",
+        f"{len(found) - len(missed)} of {len(found)} comparisons are flat; {reached}. (Of contenders that are, "
+        f"{0.05 * len(found):.2g} of {len(found)} would miss by chance, at intervals of 95 %.)",
         "",
         "Test accuracy in per cent by the decades that the factors span, mean ± standard error over n seeds, and how "
         "many diverged, if any did (×); the difference of the largest size that counts to the usual start, with its "
