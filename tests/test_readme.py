@@ -84,3 +84,9 @@ def test_every_link_in_the_readme_leads_somewhere():
     assert targets
     for target in targets:
         assert (ROOT / target).exists(), target
+
+
+def test_the_figures_in_the_readme_are_there():
+    shown = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README)
+    assert len(shown) >= 2
+    assert [path for path in shown if not (ROOT / path).is_file()] == []
