@@ -12,7 +12,7 @@ from ms_optim.sweep import Choice, Difference, Result
 from ms_optim.sweep.trial import canonical
 
 from . import trials
-from .entrants import BASELINES, CONTENDERS, LONGER, MSSAM, SGD, SHOWN
+from .entrants import BASELINES, CONTENDERS, LONGER, MSSAM, OURS, SGD, SHOWN
 from .figure import pyplot, save
 from .harness import Run
 from .problems import PAPER, PROBLEMS
@@ -263,6 +263,34 @@ def summary(runs: Sequence[Run]) -> list[Row]:
             text, word = compared(seed_by_seed(ours, longer))
             made.append(Row(f"{row} ({kind}): {MSSAM} against {LONGER}, as many passes", f"{text} points", word))
     return made
+
+
+def in_short(runs: Sequence[Run]) -> str:
+    """On how many rows ours are better or worse than the best of SAM and the ASAMs.
+
+    Args:
+        runs: All lines of one run.
+
+    Returns:
+        A sentence of the report.
+    """
+    results = [trials.result_of(run) for run in runs]
+    words: dict[str, list[str]] = {name: [] for name in OURS}
+    rows = [row for row in {**PROBLEMS, **PAPER} if differences(results, row)]
+    for row in rows:
+        apart = differences(results, row)
+        corrected = dict(zip(apart, sweep.holm([each.p_t for each in apart.values()]), strict=True))
+        for name in OURS:
+            words[name] += [verdict(apart[name], corrected[name])] if name in apart else []
+    counts = "; ".join(
+        f"{name} is better on {found.count('better')}, worse on {found.count('worse')}, and no difference is shown on "
+        f"{found.count('no difference shown')}"
+        for name, found in words.items()
+    )
+    return (
+        f"From the usual start, tuned alike on {len(rows)} of {len(PROBLEMS)} problems, against the best of SAM and "
+        f"three ASAMs: {counts}."
+    )
 
 
 def details(runs: Sequence[Run]) -> list[str]:

@@ -62,7 +62,7 @@ from . import networks, random_labels_page, trials
 from .ensembles import Training, accuracy, corrupted, train
 
 body, details, draw = random_labels_page.body, random_labels_page.details, random_labels_page.draw
-summary = random_labels_page.summary
+in_short, summary = random_labels_page.in_short, random_labels_page.summary
 
 
 @dataclass(frozen=True)

@@ -239,6 +239,29 @@ def summary(runs: Sequence[Run]) -> list[Row]:
     return made
 
 
+def in_short(runs: Sequence[Run]) -> str:
+    """What orders the gaps, and what of it is left within a ratio.
+
+    Args:
+        runs: All lines of one run.
+
+    Returns:
+        Sentences of the report.
+    """
+    said = []
+    for network in dict.fromkeys(run["network"] for run in runs):
+        found = points(runs, network)
+        alive = [point for point in found if not point.dead]
+        measures = ("minimum, layer", "normalized")
+        over = ", ".join(f"{_SHORT[measure]} {overall(found, measure)}" for measure in measures)
+        inside = ", ".join(f"{_SHORT[measure]} {within(alive, measure)}" for measure in measures)
+        said.append(
+            f"Generalization gaps of {network}s that fitted random labels (n = {len(found)}), Kendall's τ: {over}, and "
+            f"the share of random labels itself {overall(found, RATIO)}; within a share, {inside}."
+        )
+    return " ".join(said)
+
+
 def details(runs: Sequence[Run]) -> list[str]:
     """τ within each ratio, means over the seeds, what failed, and how exact the sampled measures are.
 

@@ -9,10 +9,11 @@ points at its page, and without results it says so, with the command.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from . import demonstration, scripts
-from .harness import RESULTS
+from .harness import RESULTS, evaluate, verdict
 from .render import Measured, devices_of, newest
 from .rows import NOTHING, Row, did_not_work, of_claims
 
@@ -229,7 +230,7 @@ def page(results: Path) -> str:
     rows = {name: rows_of(name, results) for found in claims.values() for name in found}
     links = {name: _link(name, results) for name in rows}
     where = {name: f"[{name}]({link})" if link else name for name, link in links.items()}
-    lines = [TOP]
+    lines = [TOP, "## In short", "", *in_short(claims, results), "", "## Every claim", ""]
     for chapter, names in claims.items():
         lines += [f"### {chapter}", "", *_table("claim", "the paper's", "ours", "verdict", "page")]
         for name in names:
@@ -254,6 +255,46 @@ def page(results: Path) -> str:
         title = f"[{claim_of(name)}]({links[name]})" if links[name] else claim_of(name)
         lines.append(_line(title, f"`{command(name)}`", minutes(name, results)))
     return "\n".join([*lines, "", PROSE])
+
+
+def in_short(claims: Mapping[str, Sequence[str]], results: Path) -> list[str]:
+    """What a reader of five minutes takes along: goals that were reached, and what the scripts say of themselves.
+
+    Args:
+        claims: Chapter → scripts.
+        results: The folder of all results.
+
+    Returns:
+        Lines of Markdown.
+    """
+    lines = []
+    for chapter, names in claims.items():
+        words = [word for name in names for word in _verdicts(name, results)]
+        if words:
+            reached, missed = (sum(what in word for word in words) for what in ("reached", "missed"))
+            lines.append(f"* {chapter}: {reached} of {len(words)} goals reached, {missed} missed.")
+        for name in names:
+            script = None if name == "demo" else importlib.import_module(f"benchmarks.{name}")
+            said = [script.in_short(run.runs) for run in _shown(name, results) if hasattr(script, "in_short")]
+            lines += [f"* {sentence} ([{name}]({_link(name, results)}))" for sentence in said]
+    return lines
+
+
+def _verdicts(name: str, results: Path) -> list[str]:
+    """The verdict of every goal of a script that was measured."""
+    claims = [] if name == "demo" else getattr(importlib.import_module(f"benchmarks.{name}"), "CLAIMS", ())
+    goals = [claim for claim in claims if claim.goal is not None]
+    found = [
+        verdict(evaluate(claim, run.runs), claim.goal, claim.at_least)
+        for run in _shown(name, results)
+        for claim in goals
+    ]
+    return [word for word in found if "reached" in word or "missed" in word]
+
+
+def _shown(name: str, results: Path) -> list[Measured]:
+    """The newest runs of a script, if there are any."""
+    return [] if name == "demo" else list(measured_on(name, results).values())
 
 
 def _table(*head: str) -> list[str]:

@@ -348,6 +348,30 @@ def summary(runs: Sequence[Run]) -> list[Line]:
     return made
 
 
+def in_short(runs: Sequence[Run]) -> str:
+    """Ours and the others in one sentence.
+
+    Args:
+        runs: All lines of one run.
+
+    Returns:
+        A sentence of the report.
+    """
+    results = [trials.result_of(run) for run in runs]
+    flat: dict[bool, list[bool]] = {True: [], False: []}
+    for row, granularity in PANELS:
+        for name, curve in curves_of(results, row, granularity).items():
+            ours = granularity in CONTENDERS[name].promised
+            if ours or CONTENDERS[name].optimizer in ("SGD", "SAM", "ASAM"):
+                flat[ours].append(verdict(curve) == "flat")
+    return (
+        "From networks that are one function, rescaled by factors that span up to four decades, MSSAM and "
+        f"MSRegularizedSGD reach the same accuracy on the same trajectory in {sum(flat[True])} of {len(flat[True])} "
+        f"comparisons (networks, layers or hidden units, variants), and SGD, SAM and ASAM in {sum(flat[False])} of "
+        f"{len(flat[False])}."
+    )
+
+
 def details(runs: Sequence[Run]) -> list[str]:
     """What was chosen, and what rescaling changed of the functions.
 

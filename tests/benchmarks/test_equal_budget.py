@@ -429,3 +429,13 @@ def test_the_page_tells_the_protocol_and_edges_are_of_what_was_tried():
     assert lines[0].startswith("*Search.*") and not any("MS_OPTIM_DATA" in line for line in lines)
     (row,) = (line for line in lines if line.startswith("| SAM "))
     assert "ρ 0.12 (edge), lr 0.05, wd 0.0005" in row and "the reference" in row
+
+
+def test_in_short_rows_are_counted_by_their_verdicts():
+    results = [done(name, seed, "tuning") for name in ("SAM", "MSSAM") for seed in (0, 1)]
+    results += [done("SAM", seed, test=0.9 + 0.001 * seed) for seed in range(3)]
+    for shift, expected in ((0.02, "better on 1, worse on 0, and no"), (-0.02, "better on 0, worse on 1, and no")):
+        ours = [done("MSSAM", seed, test=0.9 + shift + 0.0011 * seed) for seed in range(3)]
+        sentence = equal_budget.in_short([trials.line_of(result) for result in results + ours])
+        assert f"on 1 of 6 problems, against the best of SAM and three ASAMs: MSSAM is {expected}" in sentence
+    assert "on 0 of 6 problems" in equal_budget.in_short([])

@@ -190,3 +190,13 @@ def test_figures_are_drawn_beside_the_newest_run_and_linked(script, tmp_path):
 def test_the_report_of_other_results_is_among_them(tmp_path):
     assert report.place(tmp_path) == tmp_path / "README.md"
     assert report.place(RESULTS) == Path(report.__file__).parent / "README.md"
+
+
+def test_in_short_counts_goals_and_lets_scripts_speak(script, tmp_path):
+    goals = [Claim("net", "a is fast", "a", "b", 2.0), Claim("net", "b is very fast", "b", "a", 0.5)]
+    script(CLAIMS=goals, in_short=lambda runs: f"There are {len(runs)} lines.")
+    record(tmp_path / "invented" / "2026-01-01_cpu1", DESCRIBED, seconds(net={"a": [1.0, 1.0], "b": [1.0, 1.0]}))
+    lines = report.in_short({"A chapter": ["invented"]}, tmp_path)
+    assert lines[0] == "* A chapter: 1 of 2 goals reached, 1 missed."
+    assert lines[1].startswith("* There are 4 lines. ([invented](")
+    assert report.in_short({"A chapter": ["invented"]}, tmp_path / "nothing") == []

@@ -212,6 +212,8 @@ def test_tables_are_made_of_the_lines():
     assert curve_of(results, row, "neuron", "SGD") is None
     page = "\n".join(scale_robustness.body([line_of(result) for result in results]))
     assert "1 of 1 comparisons are flat; reached" in page
+    sentence = scale_robustness.in_short([line_of(result) for result in results])
+    assert "trajectory in 1 of 1 comparisons" in sentence and sentence.endswith("SGD, SAM and ASAM in 0 of 1.")
     assert "| SGD | 90.00 ± 0.00 | 10.00 ± 0.00, 3× | -80.00 |" in page
     worse = [made(row, "MSSAM, move, κ = 0", "layer", seed, 0.8) for seed in range(3)]
     assert "0 of 1 comparisons are flat; **missed**" in scale_robustness.body([line_of(r) for r in worse])[0]
