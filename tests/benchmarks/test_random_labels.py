@@ -171,6 +171,19 @@ def test_a_measure_that_knows_the_ratio_alone_is_found_out():
     assert overall(found, RATIO).value == pytest.approx(300 / math.sqrt(435 * 300))
 
 
+def test_in_short_says_what_is_left_of_an_order_within_a_ratio():
+    found = made(lambda ratio, seed: ratio + 0.01 * seed, lambda ratio, seed: 10 * ratio - 0.1 * seed)
+    runs = []
+    for seed in {p.seed for p in found}:
+        mine = [{"ratio": p.ratio, "gap": p.gap, "values": p.values} for p in found if p.seed == seed]
+        runs.append({"network": "MLP", "round": seed, "members": [{**each, "train_accuracy": 1.0} for each in mine]})
+    said = random_labels.in_short(runs)
+    assert f"MLPs that fitted random labels (n = {len(found)})" in said
+    assert f"normalized sharpness {overall(found, 'normalized')}, and the share" in said
+    assert f"within a share, minimum sharpness {within(found, 'minimum, layer')}" in said
+    assert random_labels.in_short([]) == ""
+
+
 def test_what_has_no_value_is_left_out():
     found = made(lambda ratio, seed: ratio, lambda ratio, seed: None if seed else ratio)
     assert overall(found, "normalized").n == 3
