@@ -159,11 +159,15 @@ def body(runs: Sequence[Run]) -> list[str]:
         if not mine:
             continue
         lines += ["", f"## {row} ({'judging' if problem.judging else 'development'})", ""]
+        found = row_lines(results, row, mine)
+        if not found:
+            lines.append("Searched so far, and not judged.")
+            continue
         lines += [
             "| method | chosen | test accuracy (n) | difference | p (t), p (signs) | verdict "
             "| ms a step | ÷ SGD's | gradients | MiB |"
         ]
-        lines += [f"|{' --- |' * 10}", *row_lines(results, row, mine)]
+        lines += [f"|{' --- |' * 10}", *found]
     return lines
 
 

@@ -439,3 +439,5 @@ def test_in_short_rows_are_counted_by_their_verdicts():
         sentence = equal_budget.in_short([trials.line_of(result) for result in results + ours])
         assert f"on 1 of 6 problems, against the best of SAM and three ASAMs: MSSAM is {expected}" in sentence
     assert "on 0 of 6 problems" in equal_budget.in_short([])
+    searched = equal_budget.body([trials.line_of(result) for result in results[:2]])
+    assert searched[-1] == "Searched so far, and not judged."
