@@ -207,8 +207,9 @@ def summary(runs: Sequence[Run]) -> list[Row]:
         shown = [each.mean for each, p in zip(apart, p_values, strict=True) if math.isfinite(p) and p <= 0.05]
         above, below = sum(value > 0 for value in shown), sum(value < 0 for value in shown)
         if apart:
-            mean = sum(each.mean for each in apart) / len(apart)
-            ours = f"less in {above}, more in {below} of {len(apart)} (row, size); mean {-mean:+.2f} points"
+            further = -sum(each.mean for each in apart) / len(apart)
+            ours = f"less in {above}, more in {below} of {len(apart)} (row, size)"
+            ours += f"; mean difference of the losses {further:+.2f} points"
             word = "better" if above else "worse" if below else "no difference shown"
             word = "better in some, worse in others" if above and below else word
             title = _TITLES[corruption].split(",")[0].lower()

@@ -329,11 +329,11 @@ def test_the_report_says_better_only_where_it_is_so_after_a_correction_for_all_r
         ahead = [{**run, "withstood": {**run["withstood"], "none": {"0": 0.8}}} for run in runs[::2]]
         (level,) = (row for row in weight_noise.summary([*ahead, *runs[1::2]]) if "gaussian noise on" in row.claim)
         # Ten points less without corruption are ten points more that were withstood.
-        assert float(level.ours.split("mean ")[1].split()[0]) == pytest.approx(first_mean(row) + 10)
+        assert float(level.ours.split("losses ")[1].split()[0]) == pytest.approx(first_mean(row) + 10)
         return row.ours.split(";")[0], row.verdict
 
     def first_mean(row):
-        return float(row.ours.split("mean ")[1].split()[0])
+        return float(row.ours.split("losses ")[1].split()[0])
 
     # The mean of three differences 0.006 apart is t = mean √3 / 0.006: p = 0.03 at 0.02, and 0.005 at 0.05.
     assert made(0.02) == ("less in 0, more in 0 of 4 (row, size)", "no difference shown")
