@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ms_optim import sweep
@@ -101,26 +102,55 @@ def reference(results: Sequence[Result], row: str) -> str | None:
     return max(means, key=means.__getitem__) if means else None
 
 
-def differences(results: Sequence[Result], row: str) -> dict[str, Difference]:
-    """Every method minus the reference, seed by seed.
+@dataclass(frozen=True)
+class Judged:
+    """A row of the comparison.
+
+    Attributes:
+        reference: The best of SAM and the ASAMs; ``None`` if none was run.
+        apart: Method → difference to it, in points, seed by seed.
+        corrected: Method → the p-value of the t-test after Holm's correction.
+    """
+
+    reference: str | None
+    apart: Mapping[str, Difference]
+    corrected: Mapping[str, float]
+
+    @classmethod
+    def of(cls, results: Sequence[Result], row: str) -> Judged:
+        """Compare all methods of a row with its reference.
+
+        Args:
+            results: All.
+            row: The problem.
+
+        Returns:
+            The comparison; without differences if there is no reference.
+        """
+        best = reference(results, row)
+        if best is None:
+            return cls(None, {}, {})
+        base = accuracies(results, row, best)
+        others = {name: accuracies(results, row, name) for name in CONTENDERS if name != best}
+        apart = {name: Difference.of(seed_by_seed(mine, base)) for name, mine in others.items() if mine}
+        return cls(best, apart, dict(zip(apart, sweep.holm([each.p_t for each in apart.values()]), strict=True)))
+
+    def verdict(self, name: str) -> str:
+        """What the difference of a method says."""
+        return verdict(self.apart[name], self.corrected[name])
+
+
+def judged_rows(results: Sequence[Result]) -> dict[str, Judged]:
+    """The rows that have been judged.
 
     Args:
         results: All.
-        row: The problem.
 
     Returns:
-        Method → difference, in points.
+        Problem → its comparison.
     """
-    best = reference(results, row)
-    if best is None:
-        return {}
-    base = accuracies(results, row, best)
-    found = {}
-    for name in CONTENDERS:
-        mine = accuracies(results, row, name)
-        if mine and name != best:
-            found[name] = Difference.of(seed_by_seed(mine, base))
-    return found
+    rows = {row: Judged.of(results, row) for row in {**PROBLEMS, **PAPER}}
+    return {row: judged for row, judged in rows.items() if judged.apart}
 
 
 def verdict(difference: Difference, corrected: float) -> str:
@@ -182,8 +212,7 @@ def row_lines(results: Sequence[Result], row: str, choices: Mapping[str, Choice]
     Returns:
         Lines of Markdown.
     """
-    best, apart = reference(results, row), differences(results, row)
-    by_t = dict(zip(apart, sweep.holm([each.p_t for each in apart.values()]), strict=True))
+    judged = Judged.of(results, row)
     costs = next((r.outcome for r in results if (r.trial.problem, r.trial.stage) == (row, "cost")), {})
     lines = []
     for name in CONTENDERS:
@@ -192,12 +221,12 @@ def row_lines(results: Sequence[Result], row: str, choices: Mapping[str, Choice]
             continue
         mean, error = mean_and_error(values)
         cells = [name, chosen_text(choices[name]), f"{mean:.2f} ± {error:.2f} ({len(values)})"]
-        if name == best:
+        if name == judged.reference:
             cells += ["", "", "the reference"]
-        elif name in apart:
-            found = apart[name]
+        elif name in judged.apart:
+            found = judged.apart[name]
             cells += [f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"]
-            cells += [f"{by_t[name]:.3f}, {found.p_signs:.3f}", verdict(found, by_t[name])]
+            cells += [f"{judged.corrected[name]:.3f}, {found.p_signs:.3f}", judged.verdict(name)]
         else:
             cells += ["", "", ""]
         mine = costs.get("methods", {}).get(SGD if name == LONGER else name, {})
@@ -215,28 +244,27 @@ def draw(runs: Sequence[Run], path: Any) -> None:
         runs: All lines of one run.
         path: Where the figure is written.
     """
-    results = [trials.result_of(run) for run in runs]
-    rows = [row for row in {**PROBLEMS, **PAPER} if differences(results, row)]
+    rows = judged_rows([trials.result_of(run) for run in runs])
     if not rows:
         return
     figure, panels = pyplot().subplots(
         1, len(rows), figsize=(2.6 + 2.6 * len(rows), 4.2), sharey=True, squeeze=False, layout="constrained"
     )
-    for row, axis in zip(rows, panels[0], strict=True):
-        apart = differences(results, row)
+    for (row, judged), axis in zip(rows.items(), panels[0], strict=True):
+        apart = judged.apart
         axis.axvline(0.0, color="grey", linewidth=0.8)
         for place, name in enumerate(CONTENDERS):
             found = apart.get(name)
             if found is None:
                 continue
-            colour = "C3" if "MS" in name or "rows" in name else "C0" if name in BASELINES else "C7"
+            colour = "C3" if name in SHOWN and name != LONGER else "C0" if name in BASELINES else "C7"
             if found.mean < _FURTHEST:  # what did not train would leave nothing to see of the others
                 axis.text(_FURTHEST, place, f"◂ {found.mean:.1f}", color=colour, va="center", fontsize=8)
             else:
                 bars = [[found.mean - found.low], [found.high - found.mean]]
                 axis.errorbar([found.mean], [place], xerr=bars, fmt="o", color=colour, markersize=4)
         axis.set_xlim(_FURTHEST, max(2.0, *(found.high + 0.2 for found in apart.values() if found.n > 1)))
-        axis.set_title(f"{row}\nagainst {reference(results, row)}", fontsize=8)
+        axis.set_title(f"{row}\nagainst {judged.reference}", fontsize=8)
         axis.set_xlabel("points", fontsize=8)
     panels[0][0].set_yticks(range(len(CONTENDERS)), list(CONTENDERS), fontsize=8)
     panels[0][0].set_ylim(len(CONTENDERS) - 0.5, -0.5)
@@ -255,13 +283,12 @@ def summary(runs: Sequence[Run]) -> list[Row]:
     results = [trials.result_of(run) for run in runs]
     made = []
     for row, problem in {**PROBLEMS, **PAPER}.items():
-        best, apart = reference(results, row), differences(results, row)
         kind = "judging" if problem.judging else "development"
-        corrected = dict(zip(apart, sweep.holm([each.p_t for each in apart.values()]), strict=True))
-        for name, found in apart.items():
-            ours = f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}] points (n = {found.n})"
-            claim = f"{row} ({kind}): {name} against {best}, the best of SAM and the ASAMs"
-            made.append(Row(claim, ours, verdict(found, corrected[name]), detail=name not in SHOWN))
+        judged = Judged.of(results, row)
+        for name, found in judged.apart.items():
+            text = f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}] points (n = {found.n})"
+            claim = f"{row} ({kind}): {name} against {judged.reference}, the best of SAM and the ASAMs"
+            made.append(Row(claim, text, judged.verdict(name), detail=name not in SHOWN))
         ours, longer = (accuracies(results, row, name) for name in (MSSAM, LONGER))
         if ours and longer:
             text, word = compared(seed_by_seed(ours, longer))
@@ -278,14 +305,8 @@ def in_short(runs: Sequence[Run]) -> str:
     Returns:
         A sentence of the report.
     """
-    results = [trials.result_of(run) for run in runs]
-    words: dict[str, list[str]] = {name: [] for name in OURS}
-    rows = [row for row in {**PROBLEMS, **PAPER} if differences(results, row)]
-    for row in rows:
-        apart = differences(results, row)
-        corrected = dict(zip(apart, sweep.holm([each.p_t for each in apart.values()]), strict=True))
-        for name in OURS:
-            words[name] += [verdict(apart[name], corrected[name])] if name in apart else []
+    rows = judged_rows([trials.result_of(run) for run in runs])
+    words = {name: [judged.verdict(name) for judged in rows.values() if name in judged.apart] for name in OURS}
     counts = "; ".join(
         f"{name} is better on {found.count('better')}, worse on {found.count('worse')}, and no difference is shown on "
         f"{found.count('no difference shown')}"

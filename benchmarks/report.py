@@ -140,8 +140,10 @@ def measured_on(name: str, results: Path) -> dict[str, Measured]:
         results: The folder of all results.
 
     Returns:
-        Device → run, for those devices that have one.
+        Device → run, for those devices that have one; none for the demo, whose results are of its own kind.
     """
+    if name == "demo":  # which is no script of the folder
+        return {}
     script = importlib.import_module(f"benchmarks.{name}")
     found = {device: newest(results / name, device) for device in devices_of(script)}
     return {device: run for device, run in found.items() if run is not None}
@@ -196,7 +198,7 @@ def minutes(name: str, results: Path) -> str:
     Returns:
         Minutes, in words.
     """
-    run = None if name == "demo" else next(iter(measured_on(name, results).values()), None)
+    run = next(iter(measured_on(name, results).values()), None)
     if run is not None and "minutes" in run.environment:
         threads = run.environment["threads"]
         return f"{max(1.0, run.environment['minutes']):.0f} ({threads} thread{'s' if threads > 1 else ''})"
@@ -245,7 +247,7 @@ def page(results: Path) -> str:
     missing = [name for name, found in rows.items() if all(row.verdict == "not measured" for row in found)]
     lines += ["", *(f"* {finding}" for finding in FINDINGS)]
     lines += ["", f"Not measured yet: {', '.join(missing)}."] if missing else []
-    halves = [name for name in rows if name != "demo" and _is_stopped(measured_on(name, results))]
+    halves = [name for name in rows if _is_stopped(measured_on(name, results))]
     lines += ["", f"Not complete yet, and what is missing is not measured: {', '.join(halves)}."] if halves else []
     without = [name for name in rows if _takes_cuda(name) and "cuda" not in measured_on(name, results)]
     lines += ["", f"Not measured on a GPU yet: {', '.join(without)}."] if without else []
@@ -274,27 +276,21 @@ def in_short(claims: Mapping[str, Sequence[str]], results: Path) -> list[str]:
             reached, missed = (sum(what in word for word in words) for what in ("reached", "missed"))
             lines.append(f"* {chapter}: {reached} of {len(words)} goals reached, {missed} missed.")
         for name in names:
-            script = None if name == "demo" else importlib.import_module(f"benchmarks.{name}")
-            said = [script.in_short(run.runs) for run in _shown(name, results) if hasattr(script, "in_short")]
-            lines += [f"* {sentence} ([{name}]({_link(name, results)}))" for sentence in said]
+            for run in measured_on(name, results).values():
+                script = importlib.import_module(f"benchmarks.{name}")
+                if hasattr(script, "in_short"):
+                    lines.append(f"* {script.in_short(run.runs)} ([{name}]({_link(name, results)}))")
     return lines
 
 
 def _verdicts(name: str, results: Path) -> list[str]:
     """The verdict of every goal of a script that was measured."""
-    claims = [] if name == "demo" else getattr(importlib.import_module(f"benchmarks.{name}"), "CLAIMS", ())
-    goals = [claim for claim in claims if claim.goal is not None]
-    found = [
-        verdict(evaluate(claim, run.runs), claim.goal, claim.at_least)
-        for run in _shown(name, results)
-        for claim in goals
-    ]
+    found = []
+    for run in measured_on(name, results).values():
+        claims = getattr(importlib.import_module(f"benchmarks.{name}"), "CLAIMS", ())
+        goals = [claim for claim in claims if claim.goal is not None]
+        found += [verdict(evaluate(claim, run.runs), claim.goal, claim.at_least) for claim in goals]
     return [word for word in found if "reached" in word or "missed" in word]
-
-
-def _shown(name: str, results: Path) -> list[Measured]:
-    """The newest runs of a script, if there are any."""
-    return [] if name == "demo" else list(measured_on(name, results).values())
 
 
 def _table(*head: str) -> list[str]:

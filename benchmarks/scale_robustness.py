@@ -336,7 +336,7 @@ def summary(runs: Sequence[Run]) -> list[Line]:
         for name, curve in curves.items():
             largest = max(curve.counted, default=0.0)
             text = f"{name} {curve.accuracy(0.0)[0]:.1f} → {curve.accuracy(largest)[0]:.1f}"
-            ours = CONTENDERS[name].optimizer in ("MSSAM", _REGULARIZED) and granularity in CONTENDERS[name].promised
+            ours = granularity in CONTENDERS[name].promised
             (promised if ours else others).append(text)
             if ours and verdict(curve) != "flat":
                 missed.append(f"{name}: {verdict(curve)}")

@@ -164,11 +164,11 @@ def optimizer_in(settings: Mapping[str, Any], model: nn.Module, problem: Problem
     Returns:
         The optimizer.
     """
-    names = ("optimizer", "lr", "weight_decay", "options")
-    found = {name: settings[name] for name in names}
-    if settings.get("own_stream") and settings["optimizer"] != "SGD":  # torch's draws nothing
-        found["options"] = {**settings["options"], "seed": settings["seed"]}
-    return optimizer_of(model, *found.values(), late=late_start(problem, data))
+    name, options = settings["optimizer"], settings["options"]
+    if settings.get("own_stream") and name != "SGD":  # torch's draws nothing
+        options = {**options, "seed": settings["seed"]}
+    late = late_start(problem, data)
+    return optimizer_of(model, name, settings["lr"], settings["weight_decay"], options, late=late)
 
 
 def late_start(problem: Problem, data: Data) -> int:

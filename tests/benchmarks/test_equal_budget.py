@@ -152,7 +152,7 @@ def test_the_reference_is_the_best_of_sam_and_the_asams_and_differences_are_pair
         results += [done("SAM", seed, test=base - 0.02), done("ASAM, layer", seed, test=base)]
         results += [done("MSSAM", seed, test=base + 0.01 + 0.0001 * seed), done("SGD", seed, test=base - 0.1)]
     assert equal_budget_page.reference(results, ROW) == "ASAM, layer"
-    apart = equal_budget_page.differences(results, ROW)
+    apart = equal_budget_page.Judged.of(results, ROW).apart
     assert apart["MSSAM"].mean == pytest.approx(1.01) and apart["SGD"].mean == pytest.approx(-10.0)
     page = "\n".join(equal_budget.body([trials.line_of(result) for result in results]))
     assert "| ASAM, layer | ρ 0.01, lr 0.05, wd 0.0005 | 91.00 ± 0.58 (3) |  |  | the reference |  |  |" in page
