@@ -14,7 +14,6 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from ms_optim.demo import training
 from ms_optim.sweep import Trial
 
 from . import trials
+from .entrants import ROWS, TRACE, Contender
 from .harness import Run
 from .rows import Row, compared, mean, seed_by_seed
 from .training import optimizer_of
@@ -34,46 +34,22 @@ LABEL_NOISE, EPOCHS = 0.2, 20
 SEEDS = {"mlp": (100, 101, 102), "resnet": (100, 101)}
 
 
-@dataclass(frozen=True)
-class Sweep:
-    """An optimizer and the values of its scalar.
-
-    Attributes:
-        optimizer: Its name.
-        scalar: The argument.
-        values: Rising.
-        options: Its other arguments, defaults included.
-    """
-
-    optimizer: str
-    scalar: str
-    values: tuple[float, ...]
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def shown(self) -> str:
-        """The scalar's symbol, of which tables are made: ASAM's radii are no lengths, and have a table of their own."""
-        return "λ" if self.scalar == "strength" else "ρ of ASAM" if self.optimizer == "ASAM" else "ρ"
-
-
 _RADII, _STRENGTHS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8), (0.0, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 _ADAPTIVE = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
-_ROWS = {"rebalance": "rows", "refresh_every": 100, "columns": 2}
-SWEEPS: dict[str, Sweep] = {
-    "SAM": Sweep("SAM", "rho", _RADII),
-    "ASAM": Sweep("ASAM", "rho", _ADAPTIVE, {"operator": "official", "eta": 0.01}),
-    "MSSAM": Sweep("MSSAM", "rho", _RADII, {**_ROWS, "gauge": 0.5}),
-    "MSSAM, κ = 0": Sweep("MSSAM", "rho", _RADII, {**_ROWS, "gauge": 0.0}),
-    "MSSAM, κ = 1": Sweep("MSSAM", "rho", _RADII, {**_ROWS, "gauge": 1.0}),
-    "MSSAM, move, κ = 0": Sweep("MSSAM", "rho", _RADII, {**_ROWS, "rebalance": "move", "gauge": 0.0}),
-    "MSRegularizedSGD": Sweep(
-        "MSRegularizedSGD", "strength", _STRENGTHS, {**_ROWS, "gauge": 0.0, "gradient": "trace"}
+SWEEPS: dict[str, Contender] = {
+    "SAM": Contender("SAM", "rho", _RADII),
+    # ASAM's radii are no lengths, and have a table of their own.
+    "ASAM": Contender("ASAM", "rho", _ADAPTIVE, {"operator": "official", "eta": 0.01}, shown="ρ of ASAM"),
+    "MSSAM": Contender("MSSAM", "rho", _RADII, {**ROWS, "gauge": 0.5}),
+    "MSSAM, κ = 0": Contender("MSSAM", "rho", _RADII, {**ROWS, "gauge": 0.0}),
+    "MSSAM, κ = 1": Contender("MSSAM", "rho", _RADII, {**ROWS, "gauge": 1.0}),
+    "MSSAM, move, κ = 0": Contender("MSSAM", "rho", _RADII, {**ROWS, "rebalance": "move", "gauge": 0.0}),
+    "MSRegularizedSGD": Contender("MSRegularizedSGD", "strength", _STRENGTHS, TRACE, shown="λ"),
+    "MSRegularizedSGD, noise": Contender(
+        "MSRegularizedSGD", "strength", _STRENGTHS, {**TRACE, "gradient": "noise"}, shown="λ"
     ),
-    "MSRegularizedSGD, noise": Sweep(
-        "MSRegularizedSGD", "strength", _STRENGTHS, {**_ROWS, "gauge": 0.0, "gradient": "noise"}
-    ),
-    "MSRegularizedSGD, antithetic": Sweep(
-        "MSRegularizedSGD", "strength", _STRENGTHS, {**_ROWS, "gauge": 0.0, "gradient": "antithetic"}
+    "MSRegularizedSGD, antithetic": Contender(
+        "MSRegularizedSGD", "strength", _STRENGTHS, {**TRACE, "gradient": "antithetic"}, shown="λ"
     ),
 }
 
@@ -163,8 +139,7 @@ def body(runs: Sequence[Run]) -> list[str]:
 
 def value_of(run: Run) -> float:
     """The value of a line's scalar."""
-    value: float = run["settings"]["options"][SWEEPS[run["contender"]].scalar]
-    return value
+    return SWEEPS[run["contender"]].value(run["settings"])
 
 
 def accuracies(runs: Sequence[Run], network: str, name: str) -> dict[float, dict[int, float]]:

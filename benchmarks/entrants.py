@@ -1,4 +1,4 @@
-"""Who takes part in the comparison at equal budget: optimizers, what they search, which of them are the reference."""
+"""Contenders: an optimizer and what it searches; and who takes part in the comparison at equal budget."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Contender:
     Attributes:
         optimizer: Its name.
         scalar: The argument that it searches.
-        values: Five of them, rising.
+        values: Those that it tries, rising.
         options: Its other arguments.
         epochs: A factor.
         shown: The scalar's symbol.
@@ -27,14 +27,19 @@ class Contender:
     epochs: int = 1
     shown: str = "ρ"
 
+    def value(self, settings: Mapping[str, Any]) -> float:
+        """The scalar in the settings of a training."""
+        value: float = settings["options"][self.scalar]
+        return value
+
 
 _RADII = (0.03, 0.06, 0.12, 0.24, 0.48)
 _ADAPTIVE = (0.25, 0.5, 1.0, 2.0, 4.0)
 _ELEMENTS = (0.5, 1.0, 2.0, 4.0, 8.0)
 _LAYERS = (0.0025, 0.005, 0.01, 0.02, 0.04)
 # Options in full, defaults included: a training is its settings, whatever the package's defaults will be.
-_ROWS = {"rebalance": "rows", "refresh_every": 100, "columns": 2}
-_TRACE = {**_ROWS, "gauge": 0.0, "gradient": "trace"}
+ROWS = {"rebalance": "rows", "refresh_every": 100, "columns": 2}
+TRACE = {**ROWS, "gauge": 0.0, "gradient": "trace"}
 SGD, LONGER, MSSAM = "SGD", "SGD, twice the epochs", "MSSAM"
 #: Those that the report has a row for; the others are there if they did not work.
 OURS = (MSSAM, "ASAM, layer, at rows", "MSRegularizedSGD, trace")
@@ -49,14 +54,14 @@ CONTENDERS: dict[str, Contender] = {
     "ASAM, elementwise": Contender("ASAM", "rho", _ELEMENTS, {"operator": "elementwise"}),
     "ASAM, layer": Contender("ASAM", "rho", _LAYERS, {"operator": "layer"}),
     # The package's defaults, in full; the best of the exploration (benchmarks.gauge); the ball of the smallest trace.
-    MSSAM: Contender("MSSAM", "rho", _RADII, {**_ROWS, "gauge": 0.5}),
-    "ASAM, layer, at rows": Contender("ASAM", "rho", _LAYERS, {"operator": "layer", **_ROWS, "gauge": 0.0}),
-    "MSSAM, κ = 0": Contender("MSSAM", "rho", _RADII, {**_ROWS, "gauge": 0.0}),
+    MSSAM: Contender("MSSAM", "rho", _RADII, {**ROWS, "gauge": 0.5}),
+    "ASAM, layer, at rows": Contender("ASAM", "rho", _LAYERS, {"operator": "layer", **ROWS, "gauge": 0.0}),
+    "MSSAM, κ = 0": Contender("MSSAM", "rho", _RADII, {**ROWS, "gauge": 0.0}),
     "MSRegularizedSGD, trace": Contender(
-        "MSRegularizedSGD", "strength", (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), _TRACE, shown="λ"
+        "MSRegularizedSGD", "strength", (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), TRACE, shown="λ"
     ),
     "MSRegularizedSGD, noise": Contender(
-        "MSRegularizedSGD", "strength", (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), {**_TRACE, "gradient": "noise"}, shown="λ"
+        "MSRegularizedSGD", "strength", (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), {**TRACE, "gradient": "noise"}, shown="λ"
     ),
     "RSAM": Contender("RSAM", "rho", (0.1, 0.2, 0.4, 0.8, 1.6), {"order": 1.2}),
     "FrobSAM": Contender("FrobSAM", "strength", (1e-5, 1e-4, 1e-3, 3e-3, 1e-2), {"rho": 0.01, "samples": 2}, shown="λ"),

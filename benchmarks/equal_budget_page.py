@@ -38,8 +38,7 @@ def best_of(results: Sequence[Result]) -> list[Choice]:
 
 def scalar(choice: Choice) -> float:
     """The value of the method's own argument."""
-    value: float = choice.setting.settings["options"][CONTENDERS[choice.setting.method].scalar]
-    return value
+    return CONTENDERS[choice.setting.method].value(choice.setting.settings)
 
 
 def chosen_text(choice: Choice) -> str:
@@ -332,7 +331,7 @@ def details(runs: Sequence[Run]) -> list[str]:
     lines += ["| row | method | scalar, lr, wd: accuracy |", "| --- | --- | --- |"]
 
     def words(setting: sweep.Setting) -> tuple[str, str]:
-        value = setting.settings["options"][CONTENDERS[setting.method].scalar]
+        value = CONTENDERS[setting.method].value(setting.settings)
         there = f"{value:g}, {setting.settings['lr']:.3g}, {setting.settings['weight_decay']:g}"
         return there, f"{100 * setting.mean('held_out')[0]:.1f}"
 

@@ -18,8 +18,7 @@ late beginning and a normalised step gave no more.  ASAM's layers at "rows", whi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 from ms_optim import sweep
@@ -27,6 +26,7 @@ from ms_optim.demo.report import mean_and_error
 from ms_optim.sweep import Difference, Trial
 
 from . import trials
+from .entrants import Contender
 from .equal_budget_page import accuracies
 from .harness import Run
 from .rows import Row, compared, seed_by_seed
@@ -38,49 +38,35 @@ SEEDS, FRESH = (1_000, 1_001), range(6)
 REFERENCE = "SAM"
 
 
-@dataclass(frozen=True)
-class Variant:
-    """What is trained.
-
-    Attributes:
-        optimizer: Its name.
-        values: Of its scalar, rising.
-        options: Its other arguments.
-        scalar: The argument that is searched beside the learning rate.
-    """
-
-    optimizer: str
-    values: tuple[float, ...] = (0.04, 0.06, 0.09, 0.13)
-    options: Mapping[str, Any] = field(default_factory=dict)
-    scalar: str = "rho"
-
-
+_RADII = (0.04, 0.06, 0.09, 0.13)
 _ELEMENTS, _LAYERS, _STRENGTHS = (0.5, 1.0, 2.0, 4.0), (0.003, 0.005, 0.007, 0.01), (1e-4, 3e-4, 1e-3, 3e-3)
 _DEFAULT = {"rebalance": "rows", "gauge": 0.5}
-VARIANTS: dict[str, Variant] = {
-    REFERENCE: Variant("SAM"),
-    "SGD": Variant("SGD", (0.0, 0.8, 0.9, 0.95), scalar="momentum"),
-    "ASAM, layer": Variant("ASAM", _LAYERS, {"operator": "layer"}),
-    "MSSAM, move, κ = 0": Variant("MSSAM", options={"rebalance": "move", "gauge": 0.0}),
-    "MSSAM, rows, κ = 0": Variant("MSSAM", options={"rebalance": "rows", "gauge": 0.0}),
-    "MSSAM, rows, κ = 1": Variant("MSSAM", options={"rebalance": "rows", "gauge": 1.0}),
-    "MSSAM, rows, κ = ½": Variant("MSSAM", options={"rebalance": "rows", "gauge": 0.5}),
-    "MSSAM, move, κ = 1": Variant("MSSAM", options={"rebalance": "move", "gauge": 1.0}),
-    "MSSAM, move, κ = ½": Variant("MSSAM", options={"rebalance": "move", "gauge": 0.5}),
-    "ASAM, layer, at rows": Variant("ASAM", _LAYERS, {"operator": "layer", "rebalance": "rows"}),
-    "ASAM, elementwise": Variant("ASAM", _ELEMENTS, {"operator": "elementwise"}),
-    "ASAM, official": Variant("ASAM", _ELEMENTS, {"operator": "official"}),
-    "ASAM, elementwise, at rows": Variant("ASAM", _ELEMENTS, {"operator": "elementwise", "rebalance": "rows"}),
-    "MSRegularizedSGD, move": Variant("MSRegularizedSGD", _STRENGTHS, {"rebalance": "move"}, scalar="strength"),
-    "MSRegularizedSGD, rows": Variant("MSRegularizedSGD", _STRENGTHS, {"rebalance": "rows"}, scalar="strength"),
-    "MSSAM, metric, κ = 0": Variant("MSSAM", options={"rebalance": "metric", "gauge": 0.0}),
-    "MSSAM, move, neurons": Variant("MSSAM", options={"rebalance": "move", "gauge": 0.0, "granularity": "neuron"}),
+VARIANTS: dict[str, Contender] = {
+    REFERENCE: Contender("SAM", "rho", _RADII),
+    "SGD": Contender("SGD", "momentum", (0.0, 0.8, 0.9, 0.95)),
+    "ASAM, layer": Contender("ASAM", "rho", _LAYERS, {"operator": "layer"}),
+    "MSSAM, move, κ = 0": Contender("MSSAM", "rho", _RADII, {"rebalance": "move", "gauge": 0.0}),
+    "MSSAM, rows, κ = 0": Contender("MSSAM", "rho", _RADII, {"rebalance": "rows", "gauge": 0.0}),
+    "MSSAM, rows, κ = 1": Contender("MSSAM", "rho", _RADII, {"rebalance": "rows", "gauge": 1.0}),
+    "MSSAM, rows, κ = ½": Contender("MSSAM", "rho", _RADII, {"rebalance": "rows", "gauge": 0.5}),
+    "MSSAM, move, κ = 1": Contender("MSSAM", "rho", _RADII, {"rebalance": "move", "gauge": 1.0}),
+    "MSSAM, move, κ = ½": Contender("MSSAM", "rho", _RADII, {"rebalance": "move", "gauge": 0.5}),
+    "ASAM, layer, at rows": Contender("ASAM", "rho", _LAYERS, {"operator": "layer", "rebalance": "rows"}),
+    "ASAM, elementwise": Contender("ASAM", "rho", _ELEMENTS, {"operator": "elementwise"}),
+    "ASAM, official": Contender("ASAM", "rho", _ELEMENTS, {"operator": "official"}),
+    "ASAM, elementwise, at rows": Contender("ASAM", "rho", _ELEMENTS, {"operator": "elementwise", "rebalance": "rows"}),
+    "MSRegularizedSGD, move": Contender("MSRegularizedSGD", "strength", _STRENGTHS, {"rebalance": "move"}),
+    "MSRegularizedSGD, rows": Contender("MSRegularizedSGD", "strength", _STRENGTHS, {"rebalance": "rows"}),
+    "MSSAM, metric, κ = 0": Contender("MSSAM", "rho", _RADII, {"rebalance": "metric", "gauge": 0.0}),
+    "MSSAM, move, neurons": Contender(
+        "MSSAM", "rho", _RADII, {"rebalance": "move", "gauge": 0.0, "granularity": "neuron"}
+    ),
     # What follows varies the defaults, which are at κ = ½.
-    "MSSAM, rows, κ = ½, every 10 steps": Variant("MSSAM", options={**_DEFAULT, "refresh_every": 10}),
-    "MSSAM, rows, κ = ½, once": Variant("MSSAM", options={**_DEFAULT, "refresh_every": 10**9}),
-    "MSSAM, rows, κ = ½, from step 100 on": Variant("MSSAM", options={**_DEFAULT, "start": 100}),
-    "MSSAM, rows, κ = ½, exact traces": Variant("MSSAM", options={**_DEFAULT, "columns": None}),
-    "step normalised (StableSAM), rows, κ = ½": Variant("StableSAM", options=_DEFAULT),
+    "MSSAM, rows, κ = ½, every 10 steps": Contender("MSSAM", "rho", _RADII, {**_DEFAULT, "refresh_every": 10}),
+    "MSSAM, rows, κ = ½, once": Contender("MSSAM", "rho", _RADII, {**_DEFAULT, "refresh_every": 10**9}),
+    "MSSAM, rows, κ = ½, from step 100 on": Contender("MSSAM", "rho", _RADII, {**_DEFAULT, "start": 100}),
+    "MSSAM, rows, κ = ½, exact traces": Contender("MSSAM", "rho", _RADII, {**_DEFAULT, "columns": None}),
+    "step normalised (StableSAM), rows, κ = ½": Contender("StableSAM", "rho", _RADII, _DEFAULT),
 }
 #: The other development row, LeNet, where a training takes longer, is searched by equal_budget, a method each.
 ROWS = {"MNIST 2,000, 20 % noise, MLP": tuple(VARIANTS)}
@@ -109,12 +95,6 @@ def trial(row: str, contender: str, lr: float, value: float, seed: int, scale: s
     return Trial(settings, contender, row, stage)
 
 
-def scalar(settings: Mapping[str, Any], contender: str) -> float:
-    """The value of a variant's own scalar in settings."""
-    value: float = settings["options"][VARIANTS[contender].scalar]
-    return value
-
-
 def plan(run: trials.Trainings) -> None:
     """Search, then train the chosen from fresh seeds.
 
@@ -133,7 +113,7 @@ def plan(run: trials.Trainings) -> None:
             ]
             (choice,) = sweep.choose(run(wanted), "held_out")
             chosen = choice.setting.settings
-            best = scalar(chosen, contender)
+            best = VARIANTS[contender].value(chosen)
             fresh = [trial(row, contender, chosen["lr"], best, seed, run.scale, "fresh") for seed in FRESH]
             run(fresh if full else fresh[:2])
 
@@ -167,7 +147,7 @@ def body(runs: Sequence[Run]) -> list[str]:
         apart = Difference.of(seed_by_seed(mine, reference))
         text = "" if contender == REFERENCE else f"{apart.mean:+.2f} [{apart.low:+.2f}, {apart.high:+.2f}]"
         setting = choice.setting.settings
-        own = _marked(scalar(setting, contender), VARIANTS[contender].values)
+        own = _marked(VARIANTS[contender].value(setting), VARIANTS[contender].values)
         cells = [row, contender, _marked(setting["lr"], RATES), own]
         lines.append(f"| {' | '.join([*cells, f'{mean:.2f} ± {error:.2f}', text, str(len(mine))])} |")
     missing = [
@@ -221,7 +201,10 @@ def details(runs: Sequence[Run]) -> list[str]:
 
     def words(setting: sweep.Setting) -> tuple[str, str]:
         held, test = (100 * setting.mean(metric)[0] for metric in ("held_out", "test"))
-        return f"{setting.settings['lr']:g}/{scalar(setting.settings, setting.method):g}", f"{held:.1f} ({test:.1f})"
+        return (
+            f"{setting.settings['lr']:g}/{VARIANTS[setting.method].value(setting.settings):g}",
+            f"{held:.1f} ({test:.1f})",
+        )
 
     return lines + trials.search_log(results, words)
 
