@@ -13,7 +13,7 @@ from typing import Any
 from ms_optim.demo import report
 from ms_optim.demo.training import STARTS, Outcome, Run
 
-from .rows import Row, compared, seed_by_seed
+from .rows import Row, compared, seed_by_seed, side_by_side
 
 COMMAND = "python -m ms_optim.demo"
 
@@ -68,17 +68,12 @@ def summary(folder: Path) -> list[Row]:
             if outcome.run.model == model:
                 of = accuracy.setdefault(outcome.run.optimizer, {start: {} for start in STARTS})
                 of[outcome.run.start][outcome.run.seed] = 100 * outcome.test_accuracy
-        found = {name: compared(seed_by_seed(of[rescaled], of[usual])) for name, of in accuracy.items()}
-        said: dict[str, list[str]] = {}
-        for name, (_, word) in found.items():
-            said.setdefault(_WORDS.get(word, "changed"), []).append(name)
-        rows.append(
-            Row(
-                f"digits, {model}: accuracy from a rescaled start, over that from the usual one, in points",
-                "; ".join(f"{name} {text}" for name, (text, _) in found.items()),
-                "; ".join(f"{word}: {', '.join(names)}" for word, names in said.items()),
-            )
-        )
+        found = []
+        for name, of in accuracy.items():
+            text, word = compared(seed_by_seed(of[rescaled], of[usual]))
+            found.append((name, text, _WORDS.get(word, "changed")))
+        claim = f"digits, {model}: accuracy from a rescaled start, over that from the usual one, in points"
+        rows.append(Row(claim, *side_by_side(found)))
         claim = f"digits, {model}: accuracy of MSSAM over SAM's from the usual start, in points"
         rows.append(Row(claim, *compared(seed_by_seed(accuracy["MSSAM"][usual], accuracy["SAM"][usual]))))
     return rows

@@ -46,6 +46,8 @@ OURS = (MSSAM, "ASAM, layer, at rows", "MSRegularizedSGD, trace")
 SHOWN = (LONGER, *OURS, "MSSAM, κ = 0", "MSRegularizedSGD, noise")
 #: Those of which the best one is the reference.
 BASELINES = ("SAM", "ASAM, official", "ASAM, elementwise", "ASAM, layer")
+#: The columns of the table at the top of the report.
+OVERVIEW = (SGD, LONGER, *BASELINES, *OURS)
 CONTENDERS: dict[str, Contender] = {
     SGD: Contender("SGD", "momentum", (0.0, 0.5, 0.8, 0.9, 0.95), shown="momentum"),
     LONGER: Contender("SGD", "momentum", (0.0, 0.5, 0.8, 0.9, 0.95), epochs=2, shown="momentum"),

@@ -45,7 +45,7 @@ from .harness import Run
 from .problems import PAPER, PROBLEMS, problem_of
 
 details, draw = equal_budget_page.details, equal_budget_page.draw
-in_short, summary = equal_budget_page.in_short, equal_budget_page.summary
+in_short, overview, summary = equal_budget_page.in_short, equal_budget_page.overview, equal_budget_page.summary
 FUNCTION = "benchmarks.equal_budget:trained"
 SCALES, DEVICES = trials.SCALES, ("cpu", "cuda")
 RATES, DECAYS = (0.02, 0.05, 0.1), (5e-4, 5e-3)

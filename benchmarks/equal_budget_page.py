@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +14,11 @@ from ms_optim.sweep import Choice, Difference, Result
 from ms_optim.sweep.trial import canonical
 
 from . import trials
-from .entrants import BASELINES, CONTENDERS, LONGER, MSSAM, OURS, SGD, SHOWN
+from .entrants import BASELINES, CONTENDERS, LONGER, MSSAM, OURS, OVERVIEW, SGD, SHOWN
 from .figure import pyplot, save
 from .harness import Run
 from .problems import PAPER, PROBLEMS
-from .rows import Row, compared, seed_by_seed
+from .rows import Row, compared, mean, seed_by_seed, side_by_side
 
 #: Points below the reference up to which the figure goes.
 _FURTHEST = -4.0
@@ -212,7 +213,7 @@ def row_lines(results: Sequence[Result], row: str, choices: Mapping[str, Choice]
         Lines of Markdown.
     """
     judged = Judged.of(results, row)
-    costs = next((r.outcome for r in results if (r.trial.problem, r.trial.stage) == (row, "cost")), {})
+    costs = costs_of(results, row)
     lines = []
     for name in CONTENDERS:
         values = list(accuracies(results, row, name).values())
@@ -224,16 +225,27 @@ def row_lines(results: Sequence[Result], row: str, choices: Mapping[str, Choice]
             cells += ["", "", "the reference"]
         elif name in judged.apart:
             found = judged.apart[name]
-            cells += [f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"]
+            cells += [interval(found)]
             cells += [f"{judged.corrected[name]:.3f}, {found.p_signs:.3f}", judged.verdict(name)]
         else:
             cells += ["", "", ""]
-        mine = costs.get("methods", {}).get(SGD if name == LONGER else name, {})
+        mine = cost_of(costs, name)
         shown = {"seconds": "{:.1f}", "ratio": "{:.2f}", "gradients": "{:g}", "mib": "{:.1f}"}
         ours = {**mine, "seconds": 1000 * mine["seconds"]} if "seconds" in mine else mine
         cells += [text.format(ours[key]) if key in ours else "" for key, text in shown.items()]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def costs_of(results: Sequence[Result], row: str) -> Mapping[str, Any]:
+    """What steps of a problem cost, as of :func:`benchmarks.cost.measured`; nothing if that was not measured."""
+    return next((r.outcome for r in results if (r.trial.problem, r.trial.stage) == (row, "cost")), {})
+
+
+def cost_of(costs: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """What a step of a method costs."""
+    found: Mapping[str, Any] = costs.get("methods", {}).get(SGD if name == LONGER else name, {})
+    return found
 
 
 def draw(runs: Sequence[Run], path: Any) -> None:
@@ -271,7 +283,7 @@ def draw(runs: Sequence[Run], path: Any) -> None:
 
 
 def summary(runs: Sequence[Run]) -> list[Row]:
-    """All against the best of SAM and the ASAMs, row by row; and MSSAM against SGD with as many passes.
+    """Of every problem, all methods against the best of SAM and the ASAMs; and MSSAM against SGD with as many passes.
 
     Args:
         runs: All lines of one run.
@@ -281,18 +293,69 @@ def summary(runs: Sequence[Run]) -> list[Row]:
     """
     results = [trials.result_of(run) for run in runs]
     made = []
-    for row, problem in {**PROBLEMS, **PAPER}.items():
-        kind = "judging" if problem.judging else "development"
-        judged = Judged.of(results, row)
-        for name, found in judged.apart.items():
-            text = f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}] points (n = {found.n})"
-            claim = f"{row} ({kind}): {name} against {judged.reference}, the best of SAM and the ASAMs"
-            made.append(Row(claim, text, judged.verdict(name), detail=name not in SHOWN))
-        ours, longer = (accuracies(results, row, name) for name in (MSSAM, LONGER))
-        if ours and longer:
-            text, word = compared(seed_by_seed(ours, longer))
+    for row, judged in judged_rows(results).items():
+        kind = _kind(row)
+        best = mean_and_error(list(accuracies(results, row, str(judged.reference)).values()))[0]
+        claim = f"{row} ({kind}): points over the {best:.2f} % of {judged.reference}, the best of SAM and the ASAMs"
+        for detail in (False, True):
+            apart = {name: found for name, found in judged.apart.items() if (name not in SHOWN) is detail}
+            if apart:
+                texts = [(name, interval(found), judged.verdict(name)) for name, found in apart.items()]
+                seeds = ", ".join(sorted({str(found.n) for found in apart.values()}))
+                ours, word = side_by_side(texts)
+                made.append(Row(claim, f"{ours} (n = {seeds})", word, detail=detail))
+        mssam, longer = (accuracies(results, row, name) for name in (MSSAM, LONGER))
+        if mssam and longer:
+            text, word = compared(seed_by_seed(mssam, longer))
             made.append(Row(f"{row} ({kind}): {MSSAM} against {LONGER}, as many passes", f"{text} points", word))
     return made
+
+
+def _kind(row: str) -> str:
+    """Whether anything was chosen by looking at a problem."""
+    return "judging" if {**PROBLEMS, **PAPER}[row].judging else "development"
+
+
+def interval(found: Difference) -> str:
+    """A mean and its 95 % interval."""
+    return f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
+
+
+def overview(runs: Sequence[Run]) -> list[str]:
+    """What a reader looks for first: the accuracy of every method on every problem, and what its steps cost.
+
+    Args:
+        runs: All lines of one run.
+
+    Returns:
+        Lines of Markdown; none before a problem has been judged.
+    """
+    results = [trials.result_of(run) for run in runs]
+    rows = judged_rows(results)
+    if not rows:
+        return []
+    steps: dict[str, list[float]] = {name: [] for name in OVERVIEW}
+    marks = {"better": " ▲", "worse": " ▼"}
+    lines = [f"| test accuracy, per cent | {' | '.join(OVERVIEW)} |", f"|{' --- |' * (1 + len(OVERVIEW))}"]
+    for row, judged in rows.items():
+        costs = costs_of(results, row)
+        cells = []
+        for name in OVERVIEW:
+            values = list(accuracies(results, row, name).values())
+            mark = marks.get(judged.verdict(name), "") if name in judged.apart else ""
+            cells.append(f"{mean(values)}{mark or ' *' * (name == judged.reference)}" if values else "")
+            steps[name] += [cost["ratio"]] if (cost := cost_of(costs, name)) else []
+        lines.append(f"| {row} ({_kind(row)}) | {' | '.join(cells)} |")
+    taken = [f"{statistics.median(found):.1f}" if found else "" for found in steps.values()]
+    lines.append(f"| time of a step, in SGD's, median of the problems | {' | '.join(taken)} |")
+    seeds = sorted({found.n for judged in rows.values() for found in judged.apart.values()})
+    lines += [
+        "",
+        f"All tuned alike; mean ± standard error over {' or '.join(map(str, seeds))} fresh seeds. \\* the best of SAM "
+        "and the ASAMs on the test images; ▲ ▼ better or worse than that, paired by seed, after Holm's correction. "
+        f"{LONGER}: as many passes as SAM.",
+    ]
+    return lines
 
 
 def in_short(runs: Sequence[Run]) -> str:
@@ -336,5 +399,3 @@ def details(runs: Sequence[Run]) -> list[str]:
         return there, f"{100 * setting.mean('held_out')[0]:.1f}"
 
     return lines + trials.search_log(results, words)
-
-

@@ -29,7 +29,7 @@ from . import trials
 from .entrants import Contender
 from .equal_budget_page import accuracies
 from .harness import Run
-from .rows import Row, compared, seed_by_seed
+from .rows import Row, compared, seed_by_seed, side_by_side
 
 FUNCTION = "benchmarks.training:trained"
 RATES = (0.01, 0.02, 0.05)
@@ -171,18 +171,19 @@ def summary(runs: Sequence[Run]) -> list[Row]:
         runs: All lines of one run.
 
     Returns:
-        A row for the best of the variants on each problem, and details for the others.
+        Of each problem a row for those at the representative of rows, and a detail for the others.
     """
     results = [trials.result_of(run) for run in runs]
     made = []
     for row in ROWS:
         base = accuracies(results, row, REFERENCE)
-        for contender in VARIANTS:
-            mine = accuracies(results, row, contender)
-            if mine and contender != REFERENCE:
-                ours, word = compared(seed_by_seed(mine, base))
-                claim = f"{row} (development): {contender} against SAM"
-                made.append(Row(claim, f"{ours} points", word, detail="rows" not in contender))
+        mine = {name: accuracies(results, row, name) for name in VARIANTS if name != REFERENCE}
+        found = [(name, *compared(seed_by_seed(values, base))) for name, values in mine.items() if values]
+        for detail in (False, True):
+            some = [each for each in found if ("rows" not in each[0]) is detail]
+            if some:
+                claim = f"{row} (development): variants against SAM, in points"
+                made.append(Row(claim, *side_by_side(some), detail=detail))
     return made
 
 

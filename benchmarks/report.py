@@ -232,7 +232,8 @@ def page(results: Path) -> str:
     rows = {name: rows_of(name, results) for found in claims.values() for name in found}
     links = {name: _link(name, results) for name in rows}
     where = {name: f"[{name}]({link})" if link else name for name, link in links.items()}
-    lines = [TOP, "## In short", "", *in_short(claims, results), "", "## Every claim", ""]
+    lines = [TOP, "## In short", "", *in_short(claims, results), *overviews(list(rows), results)]
+    lines += ["", "## Every claim", ""]
     for chapter, names in claims.items():
         lines += [f"### {chapter}", "", *_table("claim", "the paper's", "ours", "verdict", "page")]
         for name in names:
@@ -280,6 +281,25 @@ def in_short(claims: Mapping[str, Sequence[str]], results: Path) -> list[str]:
                 script = importlib.import_module(f"benchmarks.{name}")
                 if hasattr(script, "in_short"):
                     lines.append(f"* {script.in_short(run.runs)} ([{name}]({_link(name, results)}))")
+    return lines
+
+
+def overviews(names: Sequence[str], results: Path) -> list[str]:
+    """Tables for a reader of five minutes.
+
+    Args:
+        names: Scripts; those with ``overview(runs)`` have one.
+        results: The folder of all results.
+
+    Returns:
+        Lines of Markdown.
+    """
+    lines = []
+    for name in names:
+        for run in measured_on(name, results).values():
+            script = importlib.import_module(f"benchmarks.{name}")
+            table = script.overview(run.runs) if hasattr(script, "overview") else []
+            lines += ["", *table] if table else []
     return lines
 
 

@@ -163,6 +163,22 @@ def compared(values: Sequence[float], digits: int = 2) -> tuple[str, str]:
     return text, "no difference shown" if unsure else word
 
 
+def side_by_side(found: Sequence[tuple[str, str, str]]) -> tuple[str, str]:
+    """Several comparisons in one row.
+
+    Args:
+        found: Of each its name, what was measured, and the verdict.
+
+    Returns:
+        All that was measured, by name; the verdicts, in the order in which they come first, and after each its names.
+    """
+    said: dict[str, list[str]] = {}
+    for name, _, word in found:
+        said.setdefault(word, []).append(name)
+    ours = "; ".join(f"{name} {text}" for name, text, _ in found)
+    return ours, "; ".join(f"{word}: {' · '.join(names)}" for word, names in said.items())
+
+
 def found_difference(apart: float, error: float) -> str:
     """Better, worse, or neither by more than two standard errors.
 

@@ -441,3 +441,26 @@ def test_in_short_rows_are_counted_by_their_verdicts():
     assert "on 0 of 6 problems" in equal_budget.in_short([])
     searched = equal_budget.body([trials.line_of(result) for result in results[:2]])
     assert searched[-1] == "Searched so far, and not judged."
+
+
+def test_the_overview_has_a_row_per_judged_problem_and_marks_what_is_better_or_worse():
+    results = [done("ASAM, layer", seed, test=0.8 + 0.0021 * seed) for seed in range(3)]
+    results += [done("SAM", seed, test=0.9 + 0.002 * seed) for seed in range(3)]
+    results += [done("MSSAM", seed, test=0.92 + 0.0021 * seed) for seed in range(3)]
+    runs = [trials.line_of(result) for result in results]
+    row = next(line for line in equal_budget.overview(runs) if line.startswith(f"| {ROW}"))
+    head = equal_budget.overview(runs)[0]
+    cells = dict(zip(head.split(" | "), row.split(" | "), strict=True))
+    assert cells["SAM"] == "90.20 ± 0.12 *" and cells["MSSAM"] == "92.21 ± 0.12 ▲"
+    assert cells["ASAM, layer"].endswith("▼") and cells["SGD"] == ""
+    assert equal_budget.overview(runs[:0]) == []
+
+
+def test_the_report_has_one_row_of_ours_and_one_of_the_others_for_a_problem():
+    results = [done("SAM", seed, test=0.9 + 0.002 * seed) for seed in range(3)]
+    results += [done("MSSAM", seed, test=0.92 + 0.0021 * seed) for seed in range(3)]
+    results += [done("RSAM", seed, test=0.9 + 0.0021 * seed) for seed in range(3)]
+    ours, others = equal_budget.summary([trials.line_of(result) for result in results])
+    assert ours.claim == others.claim and "points over the 90.20 % of SAM" in ours.claim
+    assert (ours.verdict, others.verdict) == ("better: MSSAM", "no difference shown: RSAM")
+    assert ours.ours.startswith("MSSAM +2.01 [") and (ours.detail, others.detail) == (False, True)

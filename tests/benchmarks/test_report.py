@@ -10,7 +10,7 @@ import pytest
 from benchmarks import demonstration, report, rows
 from benchmarks.harness import RESULTS, Claim, record
 from benchmarks.render import figures, pages, rendered
-from benchmarks.rows import Row, of_claims
+from benchmarks.rows import Row, of_claims, side_by_side
 
 PAGES = sorted(path.parent.name for path in RESULTS.glob("*/table.md"))
 DESCRIBED = {"date": "", "cpu": "", "cpu_capability": "", "threads": 1, "torch": "", "python": "", "device": "cpu"}
@@ -200,3 +200,16 @@ def test_in_short_counts_goals_and_lets_scripts_speak(script, tmp_path):
     assert lines[0] == "* A chapter: 1 of 2 goals reached, 1 missed."
     assert lines[1].startswith("* There are 4 lines. ([invented](")
     assert report.in_short({"A chapter": ["invented"]}, tmp_path / "nothing") == []
+
+
+def test_several_comparisons_make_one_row_with_the_names_under_each_verdict():
+    found = [("A", "+1", "better"), ("B, b", "-2", "worse"), ("C", "+3", "better")]
+    assert side_by_side(found) == ("A +1; B, b -2; C +3", "better: A · C; worse: B, b")
+
+
+def test_a_script_may_put_a_table_at_the_top(script, tmp_path):
+    record(tmp_path / "invented" / "2026-01-01_cpu1", DESCRIBED, seconds(net={"a": [1.0], "b": [1.0]}))
+    script(summary=lambda runs: [], overview=lambda runs: ["| a table |"])
+    assert "| a table |" in report.page(tmp_path).split("## Every claim")[0]
+    script(summary=lambda runs: [], overview=lambda runs: [])
+    assert "| a table |" not in report.page(tmp_path)
