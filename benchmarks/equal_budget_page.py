@@ -22,6 +22,8 @@ from .rows import Row, compared, mean, seed_by_seed, side_by_side
 
 #: Points below the reference up to which the figure goes.
 _FURTHEST = -4.0
+#: Panels side by side, that names can be read where a page is as wide as a screen.
+_ACROSS = 3
 
 
 def best_of(results: Sequence[Result]) -> list[Choice]:
@@ -249,7 +251,7 @@ def cost_of(costs: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def draw(runs: Sequence[Run], path: Any) -> None:
-    """Differences to the best of SAM and the ASAMs: a panel per row, a line per method, 95 % intervals.
+    """Differences to the best of SAM and the ASAMs: a panel per problem, a line per method, 95 % intervals.
 
     Args:
         runs: All lines of one run.
@@ -258,10 +260,13 @@ def draw(runs: Sequence[Run], path: Any) -> None:
     rows = judged_rows([trials.result_of(run) for run in runs])
     if not rows:
         return
-    figure, panels = pyplot().subplots(
-        1, len(rows), figsize=(2.6 + 2.6 * len(rows), 4.2), sharey=True, squeeze=False, layout="constrained"
-    )
-    for (row, judged), axis in zip(rows.items(), panels[0], strict=True):
+    across = min(_ACROSS, len(rows))
+    down = math.ceil(len(rows) / across)
+    size = (2.6 + 2.6 * across, 4.2 * down)
+    figure, panels = pyplot().subplots(down, across, figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for axis in panels.flat[len(rows) :]:
+        axis.set_axis_off()
+    for (row, judged), axis in zip(rows.items(), panels.flat, strict=False):
         apart = judged.apart
         axis.axvline(0.0, color="grey", linewidth=0.8)
         for place, name in enumerate(CONTENDERS):
@@ -277,7 +282,8 @@ def draw(runs: Sequence[Run], path: Any) -> None:
         axis.set_xlim(_FURTHEST, max(2.0, *(found.high + 0.2 for found in apart.values() if found.n > 1)))
         axis.set_title(f"{row}\nagainst {judged.reference}", fontsize=8)
         axis.set_xlabel("points", fontsize=8)
-    panels[0][0].set_yticks(range(len(CONTENDERS)), list(CONTENDERS), fontsize=8)
+    for axis in panels[:, 0]:
+        axis.set_yticks(range(len(CONTENDERS)), list(CONTENDERS), fontsize=8)
     panels[0][0].set_ylim(len(CONTENDERS) - 0.5, -0.5)
     save(figure, path)
 
