@@ -70,17 +70,28 @@ def accuracies(results: Sequence[Result], row: str, name: str) -> dict[int, floa
     Returns:
         Seed → per cent.
     """
-    all_of_it = [r for r in results if (r.trial.problem, r.trial.method) == (row, name)]
-    mine = [r for r in all_of_it if r.trial.stage == "fresh"]
-    if len({_point(r) for r in mine}) > 1:  # a run that went on after another choice, and is not at its end
-        chosen = {_point(choice.setting.results[0]) for choice in best_of(all_of_it)}
-        mine = [r for r in mine if _point(r) in chosen]
     found = {}
-    for result in mine:
+    for result in judged_of([r for r in results if (r.trial.problem, r.trial.method) == (row, name)]):
         value = result.value("test")
         if value is not None or result.status == "diverged":
             found[int(result.trial.seed)] = 10.0 if value is None else 100 * value
     return found
+
+
+def judged_of(results: Sequence[Result]) -> list[Result]:
+    """The trainings from fresh seeds of what holds: what was chosen before a search went on is no choice any more.
+
+    Args:
+        results: All.
+
+    Returns:
+        Those; of a method without a search all from fresh seeds.
+    """
+    points: dict[tuple[str, str], str] = {}
+    for choice in best_of(results):
+        points[choice.setting.problem, choice.setting.method] = _point(choice.setting.results[0])
+    fresh = [r for r in results if r.trial.stage == "fresh"]
+    return [r for r in fresh if _point(r) == points.get((r.trial.problem, r.trial.method), _point(r))]
 
 
 def _point(result: Result) -> str:
@@ -365,7 +376,7 @@ def overview(runs: Sequence[Run]) -> list[str]:
 
 
 def in_short(runs: Sequence[Run]) -> str:
-    """On how many rows ours are better or worse than the best of SAM and the ASAMs.
+    """On how many rows ours, and SGD with as many passes, are better or worse than the best of SAM and the ASAMs.
 
     Args:
         runs: All lines of one run.
@@ -374,7 +385,8 @@ def in_short(runs: Sequence[Run]) -> str:
         A sentence of the report.
     """
     rows = judged_rows([trials.result_of(run) for run in runs])
-    words = {name: [judged.verdict(name) for judged in rows.values() if name in judged.apart] for name in OURS}
+    shown = (*OURS, LONGER)
+    words = {name: [judged.verdict(name) for judged in rows.values() if name in judged.apart] for name in shown}
     counts = "; ".join(
         f"{name} is better on {found.count('better')}, worse on {found.count('worse')}, and no difference is shown on "
         f"{found.count('no difference shown')}"

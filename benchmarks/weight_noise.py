@@ -24,6 +24,7 @@ from ms_optim.sweep.trial import DIVERGED
 from . import equal_budget, trials
 from .corruptions import SIZES
 from .entrants import CONTENDERS, MSSAM, SGD
+from .equal_budget_page import judged_of
 from .figure import pyplot, save
 from .harness import RESULTS, Run
 from .problems import PROBLEMS
@@ -61,7 +62,7 @@ def plan(run: trials.Trainings) -> None:
             "results/equal_budget has no runs, and the settings are those that were chosen there: run "
             "python -m benchmarks.equal_budget first"
         )
-    lines = [line for line in chosen.runs if line["stage"] == "fresh"]
+    lines = [trials.line_of(result) for result in judged_of([trials.result_of(line) for line in chosen.runs])]
     where = f"{chosen.folder.parent.name}/{chosen.folder.name}"
     told = ("date", "commit", "torch", "cpu", "resumed", "complete")
     run.taken_from = {"run": where} | {key: chosen.environment[key] for key in told if key in chosen.environment}

@@ -175,6 +175,7 @@ def test_an_edge_of_a_grid_is_marked():
     page = "\n".join(equal_budget.body([trials.line_of(result) for result in results]))
     assert "ρ 0.48 (edge), lr 0.05, wd" in page
     results += [done("SAM", 1_000, "tuning", held_out=0.4 + lr, value=0.48, lr=lr) for lr in (0.05 / 3, 0.15)]
+    results += [done("SAM", 0, test=0.9, value=0.48, lr=0.15)]
     page = "\n".join(equal_budget.body([trials.line_of(result) for result in results]))
     assert "ρ 0.48 (edge), lr 0.15 (edge), wd" in page
 
@@ -190,7 +191,7 @@ def test_the_stages_of_a_row_search_what_the_protocol_says(monkeypatch):
             return [Result(t, "finished", {"held_out": 0.5 + (t.settings.get("lr") == 0.05)}) for t in wanted]
 
     equal_budget.judged(Fake(), ROW)
-    rates, scalars, around, fresh, weighed = asked
+    rates, scalars, around, *outside, fresh, weighed = asked
     assert len(rates) == 3 * 2 * 2 and {t.method for t in rates} == {"SGD"}
     methods = len(equal_budget.CONTENDERS)
     assert len(scalars) == methods * 5 * 2 and {t.settings["lr"] for t in scalars} == {0.05}
@@ -199,9 +200,13 @@ def test_the_stages_of_a_row_search_what_the_protocol_says(monkeypatch):
     count = {name: sum(t.method == name for t in points) for name in equal_budget.CONTENDERS}
     assert count == {name: 5 if name == "SGD" else 4 for name in equal_budget.CONTENDERS}
     assert len(around) == len(points) * 2 and {t.seed for t in around} == set(equal_budget.SEEDS)
+    # The first scalar is at an edge (no momentum is none); one beyond it is no better, and that is the end.
+    assert {t.method for t in outside[0]} == {n for n in equal_budget.CONTENDERS if not n.startswith("SGD")}
+    assert {t.settings["options"]["rho"] for t in outside[0] if t.method == "SAM"} == {0.015}
+    assert len(outside) == equal_budget.FURTHER and not any(outside[1:])
     assert len(fresh) == methods * 6 and not {t.seed for t in fresh} & set(equal_budget.SEEDS)
     assert all(t.settings["test"] and t.settings["withstood"] for t in fresh)
-    assert not any("test" in t.settings for t in (*rates, *scalars, *around))
+    assert not any("test" in t.settings for t in (*rates, *scalars, *around, *outside[0]))
     assert weighed[0].stage == "cost"
 
 
@@ -210,6 +215,37 @@ def test_a_larger_rate_is_tried_with_a_larger_radius_or_a_smaller_momentum():
     assert equal_budget.coupled("SAM", 0.06, 0.12) == [(third, 0.12), (third, 0.06), (0.18, 0.12), (0.18, 0.24)]
     assert equal_budget.coupled("SAM", 0.06, 0.48) == [(third, 0.48), (third, 0.24), (0.18, 0.48)]
     assert equal_budget.coupled("SGD", 0.06, 0.9) == [(third, 0.9), (third, 0.95), (0.18, 0.9), (0.18, 0.8)]
+
+
+def test_a_search_goes_on_beyond_the_edges_that_its_best_is_at_and_only_there():
+    def asked(*tried):
+        results = [done("SAM", 1_000, "tuning", held_out=h, value=v, lr=lr) for v, lr, h in tried]
+        return equal_budget.beyond(equal_budget_page.best_of(results)[0], results)
+
+    inside = [(v, lr, 0.5) for v in (0.06, 0.24) for lr in (0.05, 0.45)]
+    assert asked(*inside, (0.12, 0.15, 0.6)) == []
+    assert asked(*inside, (0.03, 0.15, 0.6)) == [(0.15, 0.015)]
+    assert asked(*inside, (0.48, 0.15, 0.6)) == [(0.15, 0.96)]
+    assert asked(*inside, (0.12, 1.35, 0.6)) == [(pytest.approx(4.05), 0.12)]
+    assert asked(*inside, (0.03, 0.03, 0.6)) == [(pytest.approx(0.01), 0.03), (0.03, 0.015)]
+    trace = equal_budget.CONTENDERS["MSRegularizedSGD, trace"]
+    assert [equal_budget.further(trace, 1e-4, False), equal_budget.further(trace, 1e-2, True)] == [3.33e-5, 0.0333]
+    assert equal_budget.further(equal_budget.CONTENDERS["SGD"], 0.95, True) == 0.975
+
+
+def test_a_search_that_goes_on_follows_what_is_better_three_times_at_most(monkeypatch):
+    class Fake:
+        scale = "cpu"
+        fresh = ()
+
+        def __call__(self, wanted):
+            self.fresh = [t for t in wanted if t.stage == "fresh"] or self.fresh
+            rho = [t.settings.get("options", {}).get("rho", 1.0) for t in wanted]
+            return [Result(t, "finished", {"held_out": 0.5 - 0.01 * r}) for t, r in zip(wanted, rho, strict=True)]
+
+    fake = Fake()
+    equal_budget.judged(fake, ROW)
+    assert {t.settings["options"]["rho"] for t in fake.fresh if t.method == "SAM"} == {0.00375}
 
 
 def test_a_method_that_never_ends_is_left_out_and_the_others_are_judged():
@@ -420,6 +456,8 @@ def test_of_two_choices_the_one_that_holds_is_judged():
     before = [done("SAM", seed, value=0.06, test=0.8) for seed in range(3)]
     for lines in (results + now + before, before + results + now):
         assert equal_budget_page.accuracies(lines, ROW, "SAM") == {0: 90.0, 1: 90.0}
+        assert equal_budget_page.judged_of(lines) == now
+    assert equal_budget_page.accuracies(results + before, ROW, "SAM") == {}  # chosen, and not judged yet
 
 
 def test_the_page_tells_the_protocol_and_edges_are_of_what_was_tried():
