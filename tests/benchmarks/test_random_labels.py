@@ -162,6 +162,15 @@ def made(gap_of, value_of, ratios=(0.0, 0.5, 1.0), seeds=10):
     ]
 
 
+def lines_of(found):
+    """Lines of a run that holds these networks."""
+    runs = []
+    for seed in {p.seed for p in found}:
+        mine = [{"ratio": p.ratio, "gap": p.gap, "values": p.values} for p in found if p.seed == seed]
+        runs.append({"network": "MLP", "round": seed, "members": [{**each, "train_accuracy": 1.0} for each in mine]})
+    return runs
+
+
 def test_a_measure_that_knows_the_ratio_alone_is_found_out():
     found = made(lambda ratio, seed: ratio + 0.01 * seed, lambda ratio, seed: 10 * ratio - 0.1 * seed)
     # Of 435 pairs 300 are of different ratios, and all in order; the others are all the wrong way round.
@@ -173,15 +182,21 @@ def test_a_measure_that_knows_the_ratio_alone_is_found_out():
 
 def test_in_short_says_what_is_left_of_an_order_within_a_ratio():
     found = made(lambda ratio, seed: ratio + 0.01 * seed, lambda ratio, seed: 10 * ratio - 0.1 * seed)
-    runs = []
-    for seed in {p.seed for p in found}:
-        mine = [{"ratio": p.ratio, "gap": p.gap, "values": p.values} for p in found if p.seed == seed]
-        runs.append({"network": "MLP", "round": seed, "members": [{**each, "train_accuracy": 1.0} for each in mine]})
-    said = random_labels.in_short(runs)
+    said = random_labels.in_short(lines_of(found))
     assert f"MLPs that fitted random labels (n = {len(found)})" in said
     assert f"normalized sharpness {overall(found, 'normalized')}, and the share" in said
     assert f"within a share, minimum sharpness {within(found, 'minimum, layer')}" in said
     assert random_labels.in_short([]) == ""
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_report_says_of_which_measures_an_order_within_a_ratio_is_shown(sign):
+    noise = [3, 7, 1, 0, 9, 4, 8, 2, 6, 5]
+    # Nearly in order: where nothing is out of it there is no interval.
+    found = made(lambda ratio, seed: ratio + 0.01 * seed, lambda ratio, seed: ratio + sign * (seed + 0.2 * noise[seed]))
+    (row,) = (row for row in random_labels.summary(lines_of(found)) if "within a ratio" in row.claim)
+    said = "shown to be above 0: normalized" if sign > 0 else "none is shown to be above 0"
+    assert row.verdict == f"{said}; the largest is that of normalized"
 
 
 def test_what_has_no_value_is_left_out():
