@@ -8,8 +8,8 @@ has tried, the search goes on beyond it, up to three times, as long as that is b
 marked (of two weight decays either is at one).  Two seeds each, chosen by accuracy on 5,000 held-out images whose
 labels are as noisy as the ones that are trained on.
 
-That it goes on beyond edges is a change of the protocol after three rows had been judged: on the ResNet all of SAM's
-kind had chosen their smallest radius, and MSSAM, whose smallest one happened to do less, was "better".
+That it goes on beyond edges is a change of the protocol after three rows had been judged: on the ResNet SAM and all
+that is like it had chosen their smallest radius, and less might have been better.  It was done again for all three.
 
 *Judgement.*  The chosen setting is trained from six fresh seeds, each of which draws images, noise, held-out part,
 weights, order and what the optimizer draws itself, the same for all methods, and the 10,000 test images are looked at
