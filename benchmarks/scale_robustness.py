@@ -358,17 +358,20 @@ def in_short(runs: Sequence[Run]) -> str:
         A sentence of the report.
     """
     results = [trials.result_of(run) for run in runs]
-    flat: dict[bool, list[bool]] = {True: [], False: []}
+    ours: list[bool] = []
+    without: list[bool] = []
+    others: list[bool] = []
     for row, granularity in PANELS:
         for name, curve in curves_of(results, row, granularity).items():
-            ours = granularity in CONTENDERS[name].promised
-            if ours or CONTENDERS[name].optimizer in ("SGD", "SAM", "ASAM"):
-                flat[ours].append(verdict(curve) == "flat")
+            method = CONTENDERS[name]
+            theirs = others if method.optimizer in ("SGD", "SAM", "ASAM") else without
+            (ours if granularity in method.promised else theirs).append(verdict(curve) == "flat")
     return (
-        "From networks that are one function, rescaled by factors that span up to four decades, MSSAM and "
-        f"MSRegularizedSGD reach the same accuracy on the same trajectory in {sum(flat[True])} of {len(flat[True])} "
-        f"comparisons (networks, layers or hidden units, variants), and SGD, SAM and ASAM in {sum(flat[False])} of "
-        f"{len(flat[False])}."
+        "From networks that are one function, rescaled by factors that span up to four decades, those variants of "
+        "MSSAM and MSRegularizedSGD that promise it reach the same accuracy on the same trajectory in "
+        f"{sum(ours)} of {len(ours)} comparisons (networks, layers or hidden units, variants), those that do not "
+        f"(metric; layers alone where hidden units are rescaled) in {sum(without)} of {len(without)}, and SGD, SAM and "
+        f"ASAM in {sum(others)} of {len(others)}."
     )
 
 

@@ -366,6 +366,8 @@ def test_the_report_says_better_only_where_it_is_so_after_a_correction_for_all_r
         (level,) = (row for row in weight_noise.summary([*ahead, *runs[1::2]]) if "gaussian noise on" in row.claim)
         # Ten points less without corruption are ten points more that were withstood.
         assert float(level.ours.split("losses ")[1].split()[0]) == pytest.approx(first_mean(row) + 10)
+        counted = row.ours.split(" (row, size)")[0].replace(", more", " and more")
+        assert f"gaussian noise on weights, {counted}." in weight_noise.in_short(runs)
         return row.ours.split(";")[0], row.verdict
 
     def first_mean(row):
@@ -469,14 +471,18 @@ def test_the_page_tells_the_protocol_and_edges_are_of_what_was_tried():
     assert "ρ 0.12 (edge), lr 0.05, wd 0.0005" in row and "the reference" in row
 
 
-def test_in_short_rows_are_counted_by_their_verdicts():
+def test_in_short_rows_are_counted_by_their_verdicts(monkeypatch):
+    monkeypatch.setitem(globals(), "ROW", "MNIST 10,000, 60 % noise, MLP")
     results = [done(name, seed, "tuning") for name in ("SAM", "MSSAM") for seed in (0, 1)]
     results += [done("SAM", seed, test=0.9 + 0.001 * seed) for seed in range(3)]
     for shift, expected in ((0.02, "better on 1, worse on 0, and no"), (-0.02, "better on 0, worse on 1, and no")):
         ours = [done("MSSAM", seed, test=0.9 + shift + 0.0011 * seed) for seed in range(3)]
         sentence = equal_budget.in_short([trials.line_of(result) for result in results + ours])
-        assert f"on 1 of 6 problems, against the best of SAM and three ASAMs: MSSAM is {expected}" in sentence
-    assert "on 0 of 6 problems" in equal_budget.in_short([])
+        assert f"on 1 of 4 judging problems, against the best of SAM and three ASAMs: MSSAM is {expected}" in sentence
+    plain = [done("SGD", seed, test=0.8 + 0.001 * seed) for seed in range(3)]
+    sentence = equal_budget.in_short([trials.line_of(result) for result in results + ours + plain])
+    assert "Against SGD of as many epochs, half the passes, MSSAM is better on 1, worse on 0" in sentence
+    assert "on 0 of 4 judging problems" in equal_budget.in_short([])
     searched = equal_budget.body([trials.line_of(result) for result in results[:2]])
     assert searched[-1] == "Searched so far, and not judged."
 
@@ -492,6 +498,13 @@ def test_the_overview_has_a_row_per_judged_problem_and_marks_what_is_better_or_w
     assert cells["SAM"] == "90.20 ± 0.12 *" and cells["MSSAM"] == "92.21 ± 0.12 ▲"
     assert cells["ASAM, layer"].endswith("▼") and cells["SGD"] == ""
     assert equal_budget.overview(runs[:0]) == []
+
+
+def test_what_ours_were_chosen_by_does_not_count_in_short():
+    results = [done("SAM", seed, test=0.9 + 0.002 * seed) for seed in range(3)]
+    results += [done("MSSAM", seed, test=0.92 + 0.0021 * seed) for seed in range(3)]
+    sentence = equal_budget.in_short([trials.line_of(result) for result in results])
+    assert "on 0 of 4 judging problems" in sentence and "MSSAM is better on 0" in sentence
 
 
 def test_the_report_has_one_row_of_ours_and_one_of_the_others_for_a_problem():
