@@ -203,7 +203,8 @@ def minutes(name: str, results: Path) -> str:
         threads = run.environment["threads"]
         return f"{max(1.0, run.environment['minutes']):.0f} ({threads} thread{'s' if threads > 1 else ''})"
     if run is not None and all("seconds" in line and "stage" in line for line in run.runs):
-        return f"{sum(line['seconds'] for line in run.runs) / 60:.0f} of one core, in all"
+        so_far = "in all" if run.environment.get("complete", True) else "so far, and not complete"
+        return f"{sum(line['seconds'] for line in run.runs) / 60:.0f} of one core, {so_far}"
     return MINUTES.get(name, UNKNOWN_MINUTES)
 
 

@@ -176,6 +176,9 @@ def test_minutes_of_trainings_are_the_sum_of_their_seconds(script, tmp_path):
     script(body=lambda runs: [])
     record(tmp_path / "invented" / "2026-11-21_cpu1", DESCRIBED, [{"stage": "fresh", "seconds": 90.0}] * 4)
     assert report.minutes("invented", tmp_path) == "6 of one core, in all"
+    stopped = {**DESCRIBED, "complete": False}
+    record(tmp_path / "invented" / "2026-11-22_cpu1", stopped, [{"stage": "fresh", "seconds": 90.0}] * 2)
+    assert report.minutes("invented", tmp_path) == "3 of one core, so far, and not complete"
 
 
 def test_figures_are_drawn_beside_the_newest_run_and_linked(script, tmp_path):
