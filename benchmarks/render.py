@@ -60,6 +60,7 @@ def table(name: str, environment: Mapping[str, Any], runs: Sequence[Run]) -> str
         "",
         f"`python -m benchmarks.{name}{option}`: {environment['date']}, {machine}, {versions}, {loads}, commit "
         f"{str(environment['commit'])[:10]}{' with changes' if environment['uncommitted_changes'] else ''}.",
+        *resumptions(environment),
         *([] if environment.get("complete", True) else INCOMPLETE),
         "",
         *(script.body(runs) if hasattr(script, "body") else claims_table(script.CLAIMS, runs)),
@@ -67,6 +68,22 @@ def table(name: str, environment: Mapping[str, Any], runs: Sequence[Run]) -> str
     if hasattr(script, "details"):
         lines += ["", *script.details(runs)]
     return "\n".join(lines) + "\n"
+
+
+def resumptions(environment: Mapping[str, Any]) -> list[str]:
+    """Where and with what a run that was stopped went on.
+
+    Args:
+        environment: Of the run.
+
+    Returns:
+        Lines of Markdown; none if it was not.
+    """
+    found = []
+    for each in environment.get("resumed", []):
+        processor = [each["cpu"]] if "cpu" in each else []  # the oldest runs have it not
+        found.append(", ".join([each["date"], *processor, f"torch {each['torch']}", f"commit {each['commit'][:10]}"]))
+    return ["", f"Gone on with: {'; '.join(found)}."] if found else []
 
 
 def claims_table(claims: Sequence[Claim], runs: Sequence[Run]) -> list[str]:

@@ -59,9 +59,10 @@ TOP = """\
 Every row is computed from raw results that are committed, by `python -m benchmarks.render`; a test renders this page
 again and compares. Times and memory: median [quartiles] (n rounds). Trainings: mean ± standard error (n seeds), and
 differences are paired by seed; "better" and "worse" are beyond two standard errors and, of fewer than five seeds,
-beyond the 95 % interval by t; in `equal_budget` and `weight_noise` they are so after Holm's correction. A goal is
-reached or missed, without tolerance. "–": the papers have no such number. The last column leads to all that was
-measured for the claim: machine, versions, every contender. The method is the docstring of the script of that name.
+beyond the 95 % interval by t; in `equal_budget` (but beside SGD) and `weight_noise` they are so after Holm's
+correction; in `gauge` they are uncorrected, and many. A goal is reached or missed, without tolerance. "–": the papers
+have no such number. The last column leads to all that was measured for the claim: machine, versions, every contender.
+The method is the docstring of the script of that name.
 """
 
 FINDINGS = (

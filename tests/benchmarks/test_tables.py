@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.harness import Claim, Summary, evaluate, folder_name, paired, record, verdict
-from benchmarks.render import CUDA_MISSING, claims_table, matrix, pages, side_by_side
+from benchmarks.render import CUDA_MISSING, claims_table, matrix, pages, resumptions, side_by_side
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -147,3 +147,13 @@ def test_a_claim_that_was_measured_nowhere_says_so_in_every_row(tmp_path):
     assert len(rows) == 8 and all("| not measured |" in row for row in rows)
     committed = ROOT / "benchmarks" / "results" / "throughput"
     assert (committed / "table.md").read_text(encoding="utf-8") == pages("throughput", committed)
+
+
+def test_a_run_that_went_on_names_its_machines():
+    assert resumptions({}) == []
+    described = {"date": "2026-01-02", "cpu": "a processor", "torch": "2.14", "commit": "0123456789abcdef"}
+    lines = resumptions({"resumed": [described, {**described, "cpu": "another"}]})
+    assert lines[1].startswith("Gone on with: 2026-01-02, a processor, torch 2.14, commit 0123456789; ")
+    assert "another" in lines[1]
+    del described["cpu"]
+    assert resumptions({"resumed": [described]})[1] == "Gone on with: 2026-01-02, torch 2.14, commit 0123456789."
