@@ -13,7 +13,7 @@ from typing import Any
 from ms_optim.demo import report
 from ms_optim.demo.training import STARTS, Outcome, Run
 
-from .rows import Row, compared, seed_by_seed, side_by_side
+from .rows import Row, compared, in_one_row, seed_by_seed
 
 COMMAND = "python -m ms_optim.demo"
 
@@ -73,7 +73,7 @@ def summary(folder: Path) -> list[Row]:
             text, word = compared(seed_by_seed(of[rescaled], of[usual]))
             found.append((name, text, _WORDS.get(word, "changed")))
         claim = f"digits, {model}: accuracy from a rescaled start, over that from the usual one, in points"
-        rows.append(Row(claim, *side_by_side(found)))
+        rows.append(Row(claim, *in_one_row(found)))
         claim = f"digits, {model}: accuracy of MSSAM over SAM's from the usual start, in points"
         rows.append(Row(claim, *compared(seed_by_seed(accuracy["MSSAM"][usual], accuracy["SAM"][usual]))))
     return rows

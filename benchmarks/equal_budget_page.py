@@ -18,7 +18,7 @@ from .entrants import BASELINES, CONTENDERS, LONGER, MSSAM, OURS, OVERVIEW, SGD,
 from .figure import pyplot, save
 from .harness import Run
 from .problems import PAPER, PROBLEMS
-from .rows import Row, compared, mean, seed_by_seed, side_by_side
+from .rows import Row, compared, in_one_row, mean, seed_by_seed
 
 #: Points below the reference up to which the figure goes.
 _FURTHEST = -4.0
@@ -197,11 +197,11 @@ def body(runs: Sequence[Run]) -> list[str]:
         "exact test that flips signs.",
     ]
     choices = best_of(results)
-    for row, problem in {**PROBLEMS, **PAPER}.items():
+    for row in {**PROBLEMS, **PAPER}:
         mine = {choice.setting.method: choice for choice in choices if choice.setting.problem == row}
         if not mine:
             continue
-        lines += ["", f"## {row} ({'judging' if problem.judging else 'development'})", ""]
+        lines += ["", f"## {row} ({_kind(row)})", ""]
         found = row_lines(results, row, mine)
         if not found:
             lines.append("Searched so far, and not judged.")
@@ -319,7 +319,7 @@ def summary(runs: Sequence[Run]) -> list[Row]:
             if apart:
                 texts = [(name, interval(found), judged.verdict(name)) for name, found in apart.items()]
                 seeds = ", ".join(sorted({str(found.n) for found in apart.values()}))
-                ours, word = side_by_side(texts)
+                ours, word = in_one_row(texts)
                 made.append(Row(claim, f"{ours} (n = {seeds})", word, detail=detail))
         mssam, longer = (accuracies(results, row, name) for name in (MSSAM, LONGER))
         if mssam and longer:
@@ -386,7 +386,7 @@ def in_short(runs: Sequence[Run]) -> str:
         A sentence of the report; development rows, by which ours were chosen, do not count.
     """
     results = [trials.result_of(run) for run in runs]
-    rows = {row: judged for row, judged in judged_rows(results).items() if {**PROBLEMS, **PAPER}[row].judging}
+    rows = {row: judged for row, judged in judged_rows(results).items() if _kind(row) == "judging"}
     shown = (*OURS, LONGER)
     words = {name: [judged.verdict(name) for judged in rows.values() if name in judged.apart] for name in shown}
     counts = "; ".join(f"{name} {_counted(found)}" for name, found in words.items())

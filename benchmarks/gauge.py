@@ -29,7 +29,7 @@ from . import trials
 from .entrants import Contender
 from .equal_budget_page import accuracies
 from .harness import Run
-from .rows import Row, compared, seed_by_seed, side_by_side
+from .rows import Row, compared, in_one_row, seed_by_seed
 
 FUNCTION = "benchmarks.training:trained"
 RATES = (0.01, 0.02, 0.05)
@@ -183,7 +183,7 @@ def summary(runs: Sequence[Run]) -> list[Row]:
             some = [each for each in found if ("rows" not in each[0]) is detail]
             if some:
                 claim = f"{row} (development): variants against SAM, in points"
-                made.append(Row(claim, *side_by_side(some), detail=detail))
+                made.append(Row(claim, *in_one_row(some), detail=detail))
     return made
 
 

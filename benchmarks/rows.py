@@ -163,7 +163,7 @@ def compared(values: Sequence[float], digits: int = 2) -> tuple[str, str]:
     return text, "no difference shown" if unsure else word
 
 
-def side_by_side(found: Sequence[tuple[str, str, str]]) -> tuple[str, str]:
+def in_one_row(found: Sequence[tuple[str, str, str]]) -> tuple[str, str]:
     """Several comparisons in one row.
 
     Args:

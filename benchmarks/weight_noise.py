@@ -207,8 +207,7 @@ def summary(runs: Sequence[Run]) -> list[Row]:
         elif beside.less or beside.more:  # the mean may be the other way round: nothing is the better on the whole
             agrees = (further < 0) if beside.less else (further > 0)
             word = f"{'better' if beside.less else 'worse'}{'' if agrees else ' at some sizes, and not in the mean'}"
-        title = _TITLES[corruption].split(",")[0].lower()
-        made.append(Row(f"{title}: MSSAM loses less accuracy than SAM", ours, word))
+        made.append(Row(f"{_name(corruption)}: MSSAM loses less accuracy than SAM", ours, word))
     return made
 
 
@@ -222,10 +221,15 @@ def in_short(runs: Sequence[Run]) -> str:
         A sentence of the report.
     """
     counts = "; ".join(
-        f"{_TITLES[corruption].split(',')[0].lower()}, less in {each.less} and more in {each.more} of {each.count}"
+        f"{_name(corruption)}, less in {each.less} and more in {each.more} of {each.count}"
         for corruption, each in against_sam(runs).items()
     )
     return f"Of its accuracy MSSAM loses under (problems and sizes, beside SAM): {counts}."
+
+
+def _name(corruption: str) -> str:
+    """A corruption in a sentence, without its size."""
+    return _TITLES[corruption].split(",")[0].lower()
 
 
 @dataclass(frozen=True)

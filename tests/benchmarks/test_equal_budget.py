@@ -233,7 +233,7 @@ def test_a_search_goes_on_beyond_the_edges_that_its_best_is_at_and_only_there():
     assert equal_budget.further(equal_budget.CONTENDERS["SGD"], 0.95, True) == 0.975
 
 
-def test_a_search_that_goes_on_follows_what_is_better_three_times_at_most(monkeypatch):
+def test_a_search_that_goes_on_follows_what_is_better_three_times_at_most():
     class Fake:
         scale = "cpu"
         fresh = ()

@@ -10,7 +10,7 @@ import pytest
 from benchmarks import demonstration, report, rows
 from benchmarks.harness import RESULTS, Claim, record
 from benchmarks.render import figures, pages, rendered
-from benchmarks.rows import Row, of_claims, side_by_side
+from benchmarks.rows import Row, in_one_row, of_claims
 
 PAGES = sorted(path.parent.name for path in RESULTS.glob("*/table.md"))
 DESCRIBED = {"date": "", "cpu": "", "cpu_capability": "", "threads": 1, "torch": "", "python": "", "device": "cpu"}
@@ -207,7 +207,7 @@ def test_in_short_counts_goals_and_lets_scripts_speak(script, tmp_path):
 
 def test_several_comparisons_make_one_row_with_the_names_under_each_verdict():
     found = [("A", "+1", "better"), ("B, b", "-2", "worse"), ("C", "+3", "better")]
-    assert side_by_side(found) == ("A +1; B, b -2; C +3", "better: A · C; worse: B, b")
+    assert in_one_row(found) == ("A +1; B, b -2; C +3", "better: A · C; worse: B, b")
 
 
 def test_a_script_may_put_a_table_at_the_top(script, tmp_path):
